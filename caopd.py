@@ -1,0 +1,842 @@
+"""CaOPD: on-policy distillation that keeps a model honest about what it knows (arXiv 2604.16830), in one file.
+
+On-policy distillation (OPD) scores a student's own completions token by token with a teacher: the same network,
+shown privileged context z. Algorithm 1 of the paper, whose order is the order of this file:
+
+    1. rollout                 K completions y = (a, c) of each prompt x: an answer and a verbalized confidence
+    2. empirical confidence    verify them; mu_hat(x) = share of correct ones
+    3. target replacement      c becomes mu_hat, in the student's completion and in the teacher's context  <- CaOPD
+    4. distillation loss       KL(student || teacher) at every token of the completion                     (Eq. 2, Eq. 7)
+
+OPD is the same without step 3. What this file simplifies: one device, one process, one update per batch of rollouts.
+
+    python caopd.py                                   the embedded world, from nothing to the table
+    python caopd.py --model DIR --task arithmetic     the same on a real model
+    python caopd.py --help
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import os
+import random
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import data
+from data import DataError, Example, Task, Tokenizer
+from model import Config, ModelError, Transformer, Tree, generate
+
+
+class UsageError(ValueError):
+    """A flag that asks for something impossible; the message names the flag."""
+
+
+# ----------------------------------------------------------------------------- the command line
+
+def flag(group: str, default, help: str, choices: tuple | None = None):
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, "choices": choices})
+
+
+@dataclass
+class Args:
+    """The command line: one field a flag. None stands for a default that depends on --model (see DEFAULTS)."""
+
+    method: str = flag("what to run", "both", "distill with opd, with caopd, or with both from the same base", ("opd", "caopd", "both"))
+    task: str = flag("what to run", "arithmetic", "the questions and their verifier; mcq and tool need --train and --eval", data.TASKS)
+    model: str = flag("what to run", "", "a Hugging Face model directory, or a hub name; without it, the embedded world")
+    train: str = flag("what to run", "", "JSONL file to train on: `prompt`, `answer`, optionally `system`, `demo`, `grade`")
+    eval: str = flag("what to run", "", "JSONL file of held-out questions, in the same form")
+    out: str = flag("what to run", "", "directory for results, metrics and models (default out/toy, or out/TASK with --model)")
+    seed: int = flag("what to run", 0, "seed of everything random")
+    figure: bool = flag("what to run", False, "also draw OUT/reliability.png (needs matplotlib)")
+
+    steps: int = flag("distillation", None, "updates of each method")
+    prompts: int = flag("distillation", None, "prompts x a step")
+    rollouts: int = flag("distillation", 8, "K, completions a prompt: the paper finds calibration wants K >= 8")
+    lr: float = flag("distillation", None, "AdamW's peak learning rate: 10%% warm-up, then cosine to zero")
+    divergence: str = flag("distillation", "reverse", "KL(student||teacher) as in Eq. 2, KL(teacher||student), or Jensen-Shannon", ("reverse", "forward", "jsd"))
+    teacher_rate: float = flag("distillation", None, "EMA rate of the teacher, a step: 0 is a frozen teacher, 1 the live student")
+    context: str = flag("distillation", "demo", "privileged context z: a demonstration (SDFT), or a correct rollout of the student (SDPO)", ("demo", "solution"))
+    skip_tokens: int = flag("distillation", 0, "leave the first tokens of each completion out of the loss (the paper: 3)")
+    clip: float = flag("distillation", 1.0, "largest gradient norm")
+
+    max_prompt: int = flag("lengths and sampling", 1024, "longest prompt in tokens; a longer one is refused, never cut")
+    skip_long: bool = flag("lengths and sampling", False, "leave longer prompts out, counted, instead of refusing")
+    max_new_tokens: int = flag("lengths and sampling", None, "longest completion in tokens; one cut off here counts as wrong")
+    temperature: float = flag("lengths and sampling", 1.0, "sampling temperature of rollouts and evaluation")
+
+    sft_steps: int = flag("supervised stage (makes the base)", None, "updates that teach the format, the habit of high confidence, and how to follow a demonstration")
+    sft_documents: int = flag("supervised stage (makes the base)", None, "documents a step, half closed-book, half open-book")
+    sft_lr: float = flag("supervised stage (makes the base)", None, "peak learning rate")
+    sft_noise: float = flag("supervised stage (makes the base)", None, "share of wrong closed-book answers, so that the base knows better than it writes")
+    width: int = flag("supervised stage (makes the base)", 128, "hidden size of the embedded world's transformer")
+    layers: int = flag("supervised stage (makes the base)", 3, "and how many layers it has")
+
+    eval_questions: int = flag("evaluation", None, "most held-out questions to ask")
+    device: str = flag("hardware", "auto", "cpu, cuda or cuda:i; auto takes a GPU where there is one")
+    dtype: str = flag("hardware", "auto", "auto is bfloat16 for --model where the hardware multiplies it natively, else float32", ("auto", "float32", "bfloat16"))
+    micro_tokens: int = flag("hardware", 16384, "tokens computed at once; lower it when memory runs out, the result stays the same")
+    save_every: int = flag("hardware", 50, "steps between checkpoints; an interrupted run goes on from the last one")
+
+
+DEFAULTS = {  # field: (embedded world, --model)
+    "steps": (200, 100), "prompts": (32, 32), "lr": (3e-4, 1e-5), "teacher_rate": (0.02, 0.01), "max_new_tokens": (16, 1024),
+    "sft_steps": (1200, 0), "sft_documents": (128, 32), "sft_lr": (2e-3, 2e-4), "sft_noise": (0.2, 0.2), "eval_questions": (2000, 500)}
+
+
+# ----------------------------------------------------------------------------- Algorithm 1, steps 1 and 2
+
+@dataclass
+class Group:
+    """A prompt x with its K rollouts."""
+
+    example: Example
+    prompt: list[int]
+    completions: list[list[int]]  # y_k = (a_k, c_k), K lists of sampled ids
+    correct: list[bool]  # R(x, a_k)
+
+    @property
+    def mu_hat(self) -> float:
+        """μ̂(x) = (1/K) Σ_k R(x, a_k)."""
+        return sum(self.correct) / len(self.correct)
+
+
+def ended(tokenizer: Tokenizer, ids: list[int]) -> bool:
+    """Whether a completion ended by itself, rather than being cut off at the length limit."""
+    return ids[-1] in tokenizer.eos_ids
+
+
+def rollout(student: Transformer, tokenizer: Tokenizer, task: Task, examples: list[Example], samples: int, args: Args,
+            generator: torch.Generator) -> list[Group]:
+    """Steps 1 and 2: samples completions of each example's prompt and verifies them.
+
+    Returns a Group an example, each with `samples` completions. A completion that was cut off counts as wrong.
+    """
+    prompts = [tokenizer.chat(data.student_messages(example, task.wording)) for example in examples]
+    groups = []
+    for batch in micro_batches([samples * (len(p) + args.max_new_tokens) for p in prompts], args.micro_tokens):
+        sampled = generate(student, [prompts[i] for i in batch], args.max_new_tokens, args.temperature,
+                           eos_ids=tokenizer.eos_ids, num_samples=samples, generator=generator)
+        for n, i in enumerate(batch):
+            completions = sampled[n * samples:(n + 1) * samples]
+            correct = [ended(tokenizer, y) and data.verify(examples[i], tokenizer.decode(y)) for y in completions]
+            groups.append(Group(examples[i], prompts[i], completions, correct))
+    return groups
+
+
+def micro_batches(tokens: list[int], budget: int) -> list[list[int]]:
+    """Cuts items, in order, into runs that hold at most `budget` tokens together (or a single item)."""
+    batches, room = [], -1
+    for i, cost in enumerate(tokens):
+        if cost > room or not batches:
+            batches.append([])
+            room = budget
+        batches[-1].append(i)
+        room -= cost
+    return batches
+
+
+# ----------------------------------------------------------------------------- step 3: target replacement
+
+@dataclass
+class Target:
+    """What is distilled for one prompt: the student reads x, the teacher (x, z) or (x, z̃), both score the same tokens."""
+
+    prompt: list[int]
+    teacher_prompt: list[int]
+    completions: list[list[int]]  # K lists of ids
+    answer_lengths: list[int]  # K: completion[:n] is I_a, completion[n:] is I_c
+    cut_off: list[bool]  # K: no end token, so I_c is left out of the loss
+
+    @property
+    def tokens(self) -> int:
+        return max(len(self.prompt), len(self.teacher_prompt)) + sum(map(len, self.completions))
+
+
+def opd_target(group: Group, tokenizer: Tokenizer, task: Task, args: Args) -> Target | None:
+    """Plain OPD: the completions as they were sampled; a demonstration in z is sure of itself, as the paper's are."""
+    demo = data.stated(group.example.demo, 1.0) if args.context == "demo" else solution(group, tokenizer, group.completions)
+    if demo is None:
+        return None
+    lengths = [data.split_completion(tokenizer, y)[0] for y in group.completions]
+    return make_target(group, tokenizer, group.completions, lengths, data.teacher_messages(group.example, task.wording, demo))
+
+
+def caopd_target(group: Group, tokenizer: Tokenizer, task: Task, args: Args) -> Target | None:
+    """Target replacement: ỹ = (a, μ̂) for the student, z̃ = z with μ̂ for the teacher, who is told to report it.
+
+    A completion that was cut off has no c to replace and stays as it is.
+    """
+    replaced = [data.replace_confidence(tokenizer, y, group.mu_hat) if ended(tokenizer, y)
+                else (y, data.split_completion(tokenizer, y)[0]) for y in group.completions]
+    completions, lengths = map(list, zip(*replaced))
+    demo = data.stated(group.example.demo, group.mu_hat) if args.context == "demo" else solution(group, tokenizer, completions)
+    if demo is None:
+        return None
+    return make_target(group, tokenizer, completions, lengths,
+                       data.teacher_messages(group.example, task.wording, demo, report=group.mu_hat))
+
+
+def solution(group: Group, tokenizer: Tokenizer, completions: list[list[int]]) -> str | None:
+    """SDPO's privileged context: the first correct rollout. None where there is none; the prompt is then skipped."""
+    return tokenizer.decode(completions[group.correct.index(True)]) if any(group.correct) else None
+
+
+def make_target(group: Group, tokenizer: Tokenizer, completions: list[list[int]], lengths: list[int], teacher: list[dict]) -> Target:
+    return Target(group.prompt, tokenizer.chat(teacher), completions, lengths, [not ended(tokenizer, y) for y in group.completions])
+
+
+TARGETS = {"opd": opd_target, "caopd": caopd_target}
+
+
+# ----------------------------------------------------------------------------- step 4: the distillation loss
+
+def loss_masks(targets: list[Target], skip_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(answer_mask, confidence_mask), bool [M] over all completion tokens in order: I_a and I_c of Eq. 7."""
+    answer, confidence = [], []
+    for target in targets:
+        for ids, n, cut_off in zip(target.completions, target.answer_lengths, target.cut_off):
+            answer += [skip_tokens <= t < n for t in range(len(ids))]
+            confidence += [t >= max(n, skip_tokens) and not cut_off for t in range(len(ids))]
+    return torch.tensor(answer, device=device), torch.tensor(confidence, device=device)
+
+
+def divergence(student_logits: Tensor, teacher_logits: Tensor, kind: str) -> Tensor:
+    """Per-token divergence over the full vocabulary, in nats, [M] from logits [M, V].
+
+    reverse: KL(π_θ‖π_T) = Σ_v π_θ (log π_θ − log π_T), Eq. 2. forward: KL(π_T‖π_θ).
+    jsd: ½ KL(π_θ‖m) + ½ KL(π_T‖m) with m the mean of the two.
+    """
+    p, q = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
+    if kind == "reverse":
+        return (p.exp() * (p - q)).sum(-1)
+    if kind == "forward":
+        return (q.exp() * (q - p)).sum(-1)
+    m = torch.logaddexp(p, q) - math.log(2)
+    return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum(-1)
+
+
+CHUNK = 2 ** 24  # logits held at once: 64 MiB in float32
+
+
+def distillation_loss(student: Transformer, teacher: Transformer, targets: list[Target], args: Args) -> tuple[Tensor, Tensor]:
+    """Eq. 7: the sums of the per-token divergence over I_a (capability cloning) and over I_c (calibration), two scalars.
+
+    Each prompt is computed once for its K completions, and logits only where the loss looks, a chunk of tokens at a time:
+    each chunk's logits are computed again for its backward, so tokens × vocabulary is never held.
+    """
+    completions = [target.completions for target in targets]
+    answer_mask, confidence_mask = loss_masks(targets, args.skip_tokens, student.device)
+    counted = answer_mask | confidence_mask  # [M]
+    tree = Tree([target.prompt for target in targets], completions, student.device)
+    hidden = student.hidden(tree.input_ids, tree.positions, tree)[tree.predicts[counted]]  # [M', D]
+    with torch.no_grad():
+        tree = Tree([target.teacher_prompt for target in targets], completions, student.device)
+        privileged = teacher.hidden(tree.input_ids, tree.positions, tree)[tree.predicts[counted]]  # [M', D]
+
+    def chunk_divergence(h: Tensor, h_teacher: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher_logits = teacher.logits(h_teacher)
+        return divergence(student.logits(h), teacher_logits, args.divergence)
+
+    size = max(1, CHUNK // student.config.vocab_size)
+    kl = torch.cat([checkpoint(chunk_divergence, h, h_teacher, use_reentrant=False)
+                    for h, h_teacher in zip(hidden.split(size), privileged.split(size))])  # [M']
+    return kl[answer_mask[counted]].sum(), kl[confidence_mask[counted]].sum()
+
+
+# ----------------------------------------------------------------------------- the update: AdamW and the EMA teacher
+
+def float32_weights(model: Transformer) -> list[Tensor]:
+    """A model's weights in float32: themselves, or copies where they are narrower.
+
+    bfloat16 has 8 bits of mantissa: an AdamW step of relative size 1e-5, or 0.01 of it for the EMA, rounds to nothing.
+    """
+    return [weight.detach() if weight.dtype == torch.float32 else weight.detach().float() for weight in model.parameters()]
+
+
+def write_back(model: Transformer, weights: list[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, weight in zip(model.parameters(), weights):
+            parameter.copy_(weight)  # copying a tensor onto itself changes nothing
+
+
+class Optimizer:
+    """AdamW on float32 master weights, with gradient clipping, warm-up and cosine decay."""
+
+    def __init__(self, model: Transformer, lr: float, steps: int, clip: float):
+        self.model, self.peak, self.steps, self.clip, self.step_count = model, lr, steps, clip, 0
+        self.master = float32_weights(model)
+        self.adam = torch.optim.AdamW(self.master, lr=lr, weight_decay=0.0, fused=True)
+        for weight in self.master:
+            weight.grad = torch.zeros_like(weight)
+
+    @property
+    def lr(self) -> float:
+        """Warm-up over the first tenth of the steps, then a cosine down to zero."""
+        warmup = max(1, self.steps // 10)
+        if self.step_count < warmup:
+            return self.peak * (self.step_count + 1) / warmup
+        return self.peak * 0.5 * (1 + math.cos(math.pi * (self.step_count - warmup) / max(1, self.steps - warmup)))
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the loss's gradient to the float32 sums of this step."""
+        loss.backward()
+        for weight, parameter in zip(self.master, self.model.parameters()):
+            if parameter.grad is not None:
+                weight.grad += parameter.grad
+                parameter.grad = None
+
+    def step(self) -> float:
+        """Updates the model; returns the gradient norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.master, self.clip)
+        self.adam.param_groups[0]["lr"] = self.lr
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=False)
+        write_back(self.model, self.master)
+        self.step_count += 1
+        return float(norm)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, by name; `load` takes it back."""
+        state = {f"master.{i}": weight for i, weight in enumerate(self.master)}
+        for i, weight in enumerate(self.master):
+            state |= {f"{key}.{i}": value for key, value in self.adam.state[weight].items()}
+        return state
+
+    def load(self, state: dict[str, Tensor], step: int) -> None:
+        self.step_count = step
+        for i, weight in enumerate(self.master):
+            weight.copy_(state[f"master.{i}"])
+            self.adam.state[weight] = {key: state[f"{key}.{i}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+        write_back(self.model, self.master)
+
+
+def ema_update(ema: list[Tensor], weights: list[Tensor], rate: float) -> None:
+    """Teacher weights ← (1 − rate) · teacher + rate · student, in float32."""
+    for average, weight in zip(ema, weights):
+        average.lerp_(weight, rate)
+
+
+# ----------------------------------------------------------------------------- the loop
+
+def seeded(args: Args, stage: str, step: int, device: torch.device) -> torch.Generator:
+    """A generator that depends on seed, stage and step alone, so that resuming needs no random state."""
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{args.seed} {stage} {step}".encode()))
+
+
+def distill(base: Transformer, tokenizer: Tokenizer, task: Task, method: str, args: Args, out: Path) -> Transformer:
+    """Algorithm 1 with target replacement (method "caopd") or without ("opd"); returns the student.
+
+    The teacher is an EMA of the student, `base` at the start. Each step logs a line to out/metrics.jsonl.
+    """
+    student, teacher = copy.deepcopy(base), copy.deepcopy(base).requires_grad_(False)
+    optimizer, ema = Optimizer(student, args.lr, args.steps, args.clip), float32_weights(teacher)
+    start = load_checkpoint(out / method, optimizer, ema, settings(args, method))
+    write_back(teacher, ema)
+    log = Log(out / "metrics.jsonl", method, start)
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=f"{method:>6}", unit="step", dynamic_ncols=True)
+    for step in bar:
+        began = time.perf_counter()
+        generator = seeded(args, "rollout", step, student.device)
+        groups = rollout(student, tokenizer, task, task.draw(args.prompts, "distill", step), args.rollouts, args, generator)
+        targets = [t for group in groups if (t := TARGETS[method](group, tokenizer, task, args)) is not None]
+        count = sum(int(mask.sum()) for mask in loss_masks(targets, args.skip_tokens, torch.device("cpu")))
+        kl_answer = kl_confidence = 0.0
+        for batch in micro_batches([target.tokens for target in targets], args.micro_tokens):
+            losses = distillation_loss(student, teacher, [targets[i] for i in batch], args)
+            optimizer.backward(sum(losses) / count)  # Eq. 2 sums over t; AdamW does not see the constant
+            kl_answer, kl_confidence = kl_answer + losses[0].item() / count, kl_confidence + losses[1].item() / count
+        lr, norm = optimizer.lr, optimizer.step()
+        ema_update(ema, optimizer.master, args.teacher_rate)
+        write_back(teacher, ema)
+
+        texts = [tokenizer.decode(y) for group in groups for y in group.completions]
+        said = [c for text in texts if (c := data.parse_confidence(text)) is not None]
+        row = {"stage": method, "step": step, "loss": kl_answer + kl_confidence, "kl_answer": kl_answer, "kl_confidence": kl_confidence,
+               "accuracy": mean([g.mu_hat for g in groups]), "confidence": mean(said), "format": len(said) / len(texts),
+               "cut_off": mean([not ended(tokenizer, y) for g in groups for y in g.completions]), "skipped_prompts": len(groups) - len(targets),
+               "lr": lr, "grad_norm": norm, "seconds": time.perf_counter() - began}
+        log.write(row)
+        bar.set_postfix_str(f"accuracy {row['accuracy']:.2f}, says {row['confidence']:.2f}, KL {row['loss']:.3f}")
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save_checkpoint(out / method, optimizer, ema, settings(args, method))
+    log.close()
+    return student
+
+
+def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: Args, out: Path) -> Transformer:
+    """The supervised stage that makes the base model: cross-entropy on the completions of half closed-book, half
+    open-book documents (data.closed_book, data.open_book). Trains `model` in place and returns it."""
+    optimizer = Optimizer(model, args.sft_lr, args.sft_steps, args.clip)
+    start = load_checkpoint(out / "base", optimizer, [], settings(args, "base"))
+    log = Log(out / "metrics.jsonl", "base", start)
+    bar = tqdm(range(start, args.sft_steps), initial=start, total=args.sft_steps, desc="  base", unit="step", dynamic_ncols=True)
+    for step in bar:
+        began = time.perf_counter()
+        rng = random.Random(f"{args.seed} documents {step}")
+        documents = [data.closed_book(example, task.wording, rng, args.sft_noise) if i % 2 else data.open_book(example, task.wording, rng)
+                     for i, example in enumerate(task.draw(args.sft_documents, "base", step))]
+        prompts = [tokenizer.chat(messages) for messages, _ in documents]
+        completions = [[tokenizer.encode(text) + tokenizer.eos_ids[:1]] for _, text in documents]
+        count, total = sum(len(ids) for group in completions for ids in group), 0.0
+        for batch in micro_batches([len(p) + len(c[0]) for p, c in zip(prompts, completions)], args.micro_tokens):
+            tree = Tree([prompts[i] for i in batch], [completions[i] for i in batch], model.device)
+            logits = model.logits(model.hidden(tree.input_ids, tree.positions, tree)[tree.predicts])  # [M, V]
+            loss = torch.nn.functional.cross_entropy(logits.float(), tree.targets, reduction="sum") / count
+            optimizer.backward(loss)
+            total += loss.item()
+        lr, norm = optimizer.lr, optimizer.step()
+        log.write({"stage": "base", "step": step, "loss": total, "lr": lr, "grad_norm": norm, "seconds": time.perf_counter() - began})
+        bar.set_postfix_str(f"cross-entropy {total:.3f}")
+        if (step + 1) % (10 * args.save_every) == 0:
+            save_checkpoint(out / "base", optimizer, [], settings(args, "base"))
+    log.close()
+    return model
+
+
+def mean(values: list) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+# ----------------------------------------------------------------------------- what survives a crash
+
+def settings(args: Args, stage: str) -> dict:
+    """What determines a stage's result: flags by name, and the contents of the training file."""
+    shared = ["task", "model", "train", "seed", "sft_steps", "sft_documents", "sft_lr", "sft_noise", "clip", "width", "layers", "dtype"]
+    distilled = ["steps", "prompts", "rollouts", "lr", "divergence", "teacher_rate", "context", "skip_tokens", "max_prompt", "skip_long",
+                 "max_new_tokens", "temperature"]
+    chosen = {name: getattr(args, name) for name in shared + (distilled if stage != "base" else [])}
+    return chosen | {"stage": stage, "train_crc": zlib.crc32(Path(args.train).read_bytes()) if args.train else 0}
+
+
+def save_checkpoint(directory: Path, optimizer: Optimizer, ema: list[Tensor], identity: dict) -> None:
+    """Writes the state of a stage after a step, complete or not at all; safetensors, so nothing is ever unpickled."""
+    directory.mkdir(parents=True, exist_ok=True)
+    state = optimizer.tensors() | {f"ema.{i}": weight for i, weight in enumerate(ema)}
+    save_file(state, directory / "checkpoint.tmp", metadata={"step": str(optimizer.step_count), "settings": json.dumps(identity)})
+    os.replace(directory / "checkpoint.tmp", directory / "checkpoint.safetensors")
+
+
+def load_checkpoint(directory: Path, optimizer: Optimizer, ema: list[Tensor], identity: dict) -> int:
+    """Goes on from directory/checkpoint.safetensors where it has the same settings; returns the step to go on from."""
+    path = directory / "checkpoint.safetensors"
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, framework="pt", device=str(optimizer.model.device)) as file:
+            if json.loads(file.metadata()["settings"]) != identity:
+                return 0
+            step, state = int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise UsageError(f"{path}: not a readable checkpoint ({error}); delete it to start this stage again") from None
+    optimizer.load(state, step)
+    for i, weight in enumerate(ema):
+        weight.copy_(state[f"ema.{i}"])
+    tqdm.write(f"Going on from step {step} of an interrupted run ({path}).")
+    return step
+
+
+class Log:
+    """metrics.jsonl: a JSON line a step. A stage that starts at `step` first drops its own lines from there on."""
+
+    def __init__(self, path: Path, stage: str, step: int):
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # the last line of a run that was killed while writing
+            if row["stage"] != stage or row["step"] < step:
+                kept.append(line + "\n")
+        path.with_suffix(".tmp").write_text("".join(kept))
+        os.replace(path.with_suffix(".tmp"), path)
+        self.file = path.open("a", buffering=1)
+
+    def write(self, row: dict) -> None:
+        self.file.write(to_json(row) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def to_json(value, indent: int | None = None) -> str:
+    """Strict JSON: figures that do not exist (NaN) are null."""
+    def clean(v):
+        if isinstance(v, dict):
+            return {key: clean(item) for key, item in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [clean(item) for item in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+    return json.dumps(clean(value), indent=indent)
+
+
+# ----------------------------------------------------------------------------- evaluation
+
+def bin_of(confidence: np.ndarray, bins: int) -> np.ndarray:
+    """The equal-width bin [i/bins, (i+1)/bins) of each confidence; 1.0 belongs to the last."""
+    return np.minimum((confidence * bins + 1e-9).astype(int), bins - 1)  # 0.29 * 100 is 28.999999999999996
+
+
+def calibration(confidence, correct, bins: int = 10) -> dict:
+    """The metrics of section 5: how often the model is right, and what its stated confidence says about it.
+
+    confidence: [N] floats in [0, 1]; NaN where no confidence could be parsed. correct: [N] booleans or 0/1.
+    Returns accuracy and format (share of parsable confidences) over all N; and over the parsable ones
+    mean_confidence, ocg = mean c − accuracy, ece = Σ_bins n_b/n |accuracy_b − mean c_b|, brier = mean (c − R)²,
+    spr = P(c⁺ > c⁻) over (correct, wrong) pairs, ties counting as zero. A figure with nothing to average is NaN.
+    Raises ValueError for arrays that are empty, of different lengths, or out of range.
+    """
+    c, r = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
+    if c.ndim != 1 or c.shape != r.shape or len(c) == 0 or not np.isin(r, (0, 1)).all() or (c < 0).any() or (c > 1).any() or bins < 1:
+        raise ValueError("calibration: needs two non-empty arrays of one length, confidences in [0, 1] or NaN, and correct in {0, 1}")
+    accuracy, parsed = r.mean(), ~np.isnan(c)
+    c, r = c[parsed], r[parsed]
+    figures = {"accuracy": float(accuracy), "format": float(parsed.mean())}
+    if len(c) == 0:
+        return figures | dict.fromkeys(("mean_confidence", "ocg", "ece", "brier", "spr"), math.nan)
+    which = bin_of(c, bins)
+    ece = sum(abs((r - c)[which == b].sum()) for b in range(bins)) / len(c)
+    right, wrong = c[r == 1], np.sort(c[r == 0])
+    pairs = len(right) * len(wrong)
+    spr = np.searchsorted(wrong, right, side="left").sum() / pairs if pairs else math.nan  # "left" counts c⁻ < c⁺ strictly
+    return figures | {"mean_confidence": float(c.mean()), "ocg": float(c.mean() - r.mean()), "ece": float(ece),
+                      "brier": float(((c - r) ** 2).mean()), "spr": float(spr)}
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 10) -> list[dict]:
+    """The reliability diagram's bins: count, mean confidence and accuracy (NaN where empty) of the parsable confidences."""
+    parsed = ~np.isnan(confidence)
+    c, r = confidence[parsed], correct[parsed]
+    members = [bin_of(c, bins) == b for b in range(bins)]
+    return [{"count": int(m.sum()), "confidence": float(c[m].mean()) if m.any() else math.nan,
+             "accuracy": float(r[m].mean()) if m.any() else math.nan} for m in members]
+
+
+def evaluate(model: Transformer, tokenizer: Tokenizer, task: Task, args: Args, name: str) -> dict:
+    """Asks every held-out question once, sampled as in deployment; returns the metrics, also by grade, and the bins."""
+    groups, generator = [], seeded(args, "evaluation", 0, model.device)
+    with tqdm(total=len(task.held_out), desc=f"{name:>6}", unit="question", dynamic_ncols=True) as bar:
+        for start in range(0, len(task.held_out), 500):
+            groups += rollout(model, tokenizer, task, task.held_out[start:start + 500], 1, args, generator)
+            bar.update(len(groups) - bar.n)
+    stated = [data.parse_confidence(tokenizer.decode(group.completions[0])) for group in groups]
+    confidence = np.array([math.nan if c is None else c for c in stated])
+    correct = np.array([group.mu_hat for group in groups])
+    grades = np.array([group.example.grade for group in groups])
+    by_grade = {str(grade): calibration(confidence[grades == grade], correct[grades == grade]) | {"count": int((grades == grade).sum())}
+                for grade in dict.fromkeys(grades)}
+    return calibration(confidence, correct) | {"questions": len(groups), "cut_off": mean([not ended(tokenizer, g.completions[0]) for g in groups]),
+                                               "by_grade": by_grade, "reliability": reliability(confidence, correct)}
+
+
+# ----------------------------------------------------------------------------- what the user sees
+
+NAMES = {"base": "base", "opd": "OPD", "caopd": "CaOPD"}
+COLUMNS = {"accuracy": "accuracy", "mean_confidence": "mean conf.", "ocg": "OCG", "ece": "ECE", "brier": "Brier", "spr": "SPR", "format": "format"}
+
+
+def table(results: dict) -> str:
+    """The metrics of each model, a row a model."""
+    lines = [f"{'':8}" + "".join(f"{title:>12}" for title in COLUMNS.values())]
+    for name, row in results.items():
+        lines.append(f"{NAMES[name]:8}" + "".join(f"{row[key]:>+12.3f}" if key == "ocg" else f"{row[key]:>12.3f}" for key in COLUMNS))
+    return "\n".join(lines)
+
+
+def grade_table(results: dict) -> str:
+    """Accuracy / mean confidence by grade, a row a grade."""
+    grades = next(iter(results.values()))["by_grade"]
+    lines = [f"{'accuracy / confidence':24}" + "".join(f"{NAMES[name]:>14}" for name in results)]
+    for grade in grades:
+        cells = [row["by_grade"][grade] for row in results.values()]
+        lines.append(f"{grade[:22]:24}" + "".join(f"{cell['accuracy']:>7.2f} / {cell['mean_confidence']:.2f}" for cell in cells))
+    return "\n".join(lines)
+
+
+def diagram(results: dict, width: int = 20) -> str:
+    """Reliability diagrams as text: █ is the accuracy of a confidence bin, │ what it says on average, then its share."""
+    total = {name: max(1, sum(b["count"] for b in row["reliability"])) for name, row in results.items()}
+    lines = ["confidence   " + "".join(f"{NAMES[name]:<{width + 8}}" for name in results)]
+    for i in range(9, -1, -1):
+        cells = []
+        for name, row in results.items():
+            b = row["reliability"][i]
+            bar = [" "] * (width + 1)
+            if b["count"]:
+                bar[:round(b["accuracy"] * width)] = "█" * round(b["accuracy"] * width)
+                bar[round(b["confidence"] * width)] = "│"
+            cells.append("".join(bar) + (f"{b['count'] / total[name]:>5.0%}  " if b["count"] else " " * 7))
+        lines.append(f"{i / 10:.1f} to {(i + 1) / 10:.1f}   " + "".join(cells))
+    return "\n".join(lines)
+
+
+def findings(results: dict) -> str:
+    """A sentence on each method, written from its figures."""
+    base, lines = results["base"], []
+    for name in ("opd", "caopd"):
+        if name in results:
+            row = results[name]
+            gap = "more" if row["ocg"] > 0 else "less"
+            lines.append(f"{NAMES[name]} took accuracy from {base['accuracy']:.2f} to {row['accuracy']:.2f}. It says {row['mean_confidence']:.2f} on average, "
+                         f"{abs(row['ocg']):.2f} {gap} than it gets right (base: {base['ocg']:+.2f}); a right answer states a higher confidence "
+                         f"than a wrong one in {row['spr']:.0%} of pairs, and ECE is {row['ece']:.3f} (base: {base['ece']:.3f}).")
+    return "\n".join(lines)
+
+
+def draw(results: dict, path: Path) -> None:
+    """Reliability diagrams side by side; matplotlib is optional and imported only here."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, len(results), figsize=(3.4 * len(results), 3.6), sharey=True, squeeze=False)
+    for axis, (name, row) in zip(axes[0], results.items()):
+        filled = [(i, b) for i, b in enumerate(row["reliability"]) if b["count"]]
+        total = sum(b["count"] for _, b in filled)
+        axis.plot([0, 1], [0, 1], color="0.6", lw=1, ls="--", zorder=1)
+        axis.bar([(i + 0.5) / 10 for i, _ in filled], [b["accuracy"] for _, b in filled], width=0.09,
+                 color=[plt.cm.Blues(0.25 + 0.7 * b["count"] / total) for _, b in filled], edgecolor="0.3", lw=0.6, zorder=2)
+        axis.axvline(row["mean_confidence"], color="tab:red", lw=1.2, label="mean confidence")
+        axis.axhline(row["accuracy"], color="tab:green", lw=1.2, label="accuracy")
+        axis.set(title=f"{NAMES[name]}\nECE {row['ece']:.3f}   OCG {row['ocg']:+.2f}   SPR {row['spr']:.2f}", xlabel="stated confidence", xlim=(0, 1), ylim=(0, 1))
+        axis.title.set_fontsize(10)
+    axes[0][0].set_ylabel("share correct")
+    axes[0][0].legend(fontsize=8, loc="upper left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------- main
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message} (see --help)")
+
+
+def parse_args(argv: list[str] | None) -> Args:
+    """Reads the command line into Args and fills in the defaults that depend on --model. Raises UsageError."""
+    parser = Parser(prog="caopd.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {}
+    for field in dataclasses.fields(Args):
+        group, help, choices = (field.metadata[key] for key in ("group", "help", "choices"))
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        name, default = "--" + field.name.replace("_", "-"), field.default
+        if field.type is bool:
+            groups[group].add_argument(name, action="store_true", help=help)
+            continue
+        toy, real = DEFAULTS.get(field.name, (default, default))
+        shown = f" [{toy}]" if toy == real and toy != "" else f" [{toy}; with --model {real}]" if toy != real else ""
+        metavar = None if choices else {int: "N", float: "X", str: "PATH" if field.name in ("train", "eval", "out") else "NAME"}[field.type]
+        groups[group].add_argument(name, type=field.type, default=default, choices=choices, metavar=metavar, help=help + shown)
+    args = Args(**vars(parser.parse_args(argv)))
+    for name, defaults in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, defaults[bool(args.model)])
+    args.out = args.out or os.path.join("out", args.task if args.model else "toy")
+    check(args)
+    return args
+
+
+def check(args: Args) -> None:
+    """Refuses what cannot work before anything is loaded or written."""
+    def refuse(name: str, wish: str):
+        raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: it should be {wish}")
+
+    for name in ("steps", "prompts", "rollouts", "max_prompt", "max_new_tokens", "sft_documents", "width", "layers", "eval_questions", "micro_tokens", "save_every"):
+        if getattr(args, name) < 1:
+            refuse(name, "at least 1")
+    for name in ("sft_steps", "skip_tokens"):
+        if getattr(args, name) < 0:
+            refuse(name, "0 or more")
+    for name in ("lr", "sft_lr", "clip", "temperature"):
+        if not (math.isfinite(getattr(args, name)) and getattr(args, name) > 0):
+            refuse(name, "a positive number")
+    for name in ("teacher_rate", "sft_noise"):
+        if not 0 <= getattr(args, name) <= 1:
+            refuse(name, "between 0 and 1")
+    if args.width % 8:
+        refuse("width", "a multiple of 8 (the embedded world's transformer has 4 heads)")
+    if bool(args.train) != bool(args.eval) or args.task != "arithmetic" and not args.train:
+        raise UsageError(f"--task {args.task} needs both --train FILE.jsonl and --eval FILE.jsonl")
+    if args.train and not args.model:
+        raise UsageError("--train and --eval need --model: the embedded world's tiny tokenizer knows arithmetic alone")
+    if args.figure:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise UsageError("--figure needs matplotlib: pip install matplotlib, or leave the flag out (tables and text diagrams are printed anyway)") from None
+
+
+def pick_device(args: Args) -> torch.device:
+    if args.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise UsageError(f"--device {args.device}: it should be cpu, cuda or cuda:i") from None
+    if device.type not in ("cpu", "cuda") or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {args.device}: no such device here; there are cpu and {torch.cuda.device_count()} cuda devices")
+    return device
+
+
+def pick_dtype(args: Args, device: torch.device) -> torch.dtype:
+    """bfloat16 for real models where it is the fast one: on a CPU that only emulates it, float32 is 3 times as fast."""
+    if args.dtype != "auto":
+        return getattr(torch, args.dtype)
+    able = device.type == "cuda" or any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
+    return torch.bfloat16 if args.model and able else torch.float32
+
+
+def find_model(name: str) -> Path:
+    """A directory as it is; a hub name through huggingface_hub, weights and texts only."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UsageError(f"--model {name}: no such directory; pass a Hugging Face model directory or a hub name like owner/model")
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:  # no network, no such model, no access, no huggingface_hub: the remedy is the same
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"--model {name}: not a directory, and not to be had from the hub ({reason}); download it elsewhere and pass its directory") from None
+
+
+def fitting(examples: list[Example], tokenizer: Tokenizer, wording: data.Wording, config: Config, args: Args) -> list[Example]:
+    """The examples whose prompts are within --max-prompt and the model's positions; refuses or, with --skip-long, counts the rest."""
+    def lengths(example: Example) -> tuple[int, int]:
+        teacher = data.teacher_messages(example, wording, data.stated(example.demo, 1.0), report=1.0)
+        return len(tokenizer.chat(data.student_messages(example, wording))), len(tokenizer.chat(teacher)) + args.max_new_tokens
+
+    kept = []
+    for example in tqdm(examples, desc="reading", unit="prompt", leave=False, disable=len(examples) < 500):
+        prompt, total = lengths(example)
+        if prompt <= args.max_prompt and total <= config.max_position_embeddings:
+            kept.append(example)
+        elif not args.skip_long:
+            which = f"{example.where}: the prompt" if example.where else f"the prompt {example.question!r}"
+            limit = (f"has {prompt} tokens, over --max-prompt {args.max_prompt}" if prompt > args.max_prompt else
+                     f"with demonstration and completion takes {total} tokens, over the model's {config.max_position_embeddings}")
+            raise UsageError(f"{which} {limit}; change the limits, or leave such prompts out with --skip-long")
+    if len(kept) < len(examples):
+        print(f"Left out {len(examples) - len(kept)} of {len(examples)} questions for their length.")
+    if not kept:
+        raise UsageError(f"--max-prompt {args.max_prompt}: no question is left")
+    return kept
+
+
+def make_task(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
+    if not args.train:
+        task = data.arithmetic_task(args.seed, args.eval_questions, words=bool(args.model))
+        return dataclasses.replace(task, held_out=fitting(task.held_out, tokenizer, task.wording, config, args))
+    train, held_out = (fitting(data.load_jsonl(path, args.task)[:most], tokenizer, data.WORDS, config, args)
+                       for path, most in ((args.train, None), (args.eval, args.eval_questions)))
+    if shared := len({e.question for e in train} & {e.question for e in held_out}):
+        print(f"Note: {shared} held-out questions are also in {args.train}; figures on them are not held out.")
+    return data.listed_task(train, held_out, args.seed)
+
+
+def toy_config(args: Args, tokenizer: Tokenizer) -> Config:
+    """The embedded world's transformer: a Qwen3 of about 0.6 M parameters at width 128."""
+    return Config(model_type="qwen3", vocab_size=tokenizer.backend.get_vocab_size(), hidden_size=args.width, intermediate_size=11 * args.width // 4,
+                  num_hidden_layers=args.layers, num_attention_heads=4, num_key_value_heads=4, head_dim=args.width // 4,
+                  max_position_embeddings=128, eos_token_id=tokenizer.eos_ids[0], pad_token_id=tokenizer.eos_ids[0], tie_word_embeddings=True)
+
+
+def make_base(config: Config, tokenizer: Tokenizer, task: Task, args: Args, device: torch.device, out: Path) -> Transformer:
+    """The model that both methods start from: loaded or initialized, then taught --sft-steps; or an earlier run's, where it is the same."""
+    dtype, made = getattr(torch, args.dtype), out / "base" / "settings.json"
+    identity = json.dumps(settings(args, "base"), indent=2)
+    if args.sft_steps and made.exists() and made.read_text() == identity:
+        print(f"Reusing the base model in {out / 'base'}: it was made with the same settings.")
+        return Transformer.from_pretrained(out / "base", dtype, device)
+    if args.model:
+        model = Transformer.from_pretrained(find_model(args.model), dtype, device)
+    else:
+        torch.manual_seed(args.seed)
+        model = Transformer(config).to(device, dtype)
+    if args.sft_steps:
+        made.unlink(missing_ok=True)
+        supervise(model, tokenizer, task, args, out)
+        save(model, tokenizer, out / "base")
+        made.write_text(identity)
+    return model
+
+
+def save(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
+    """A Hugging Face directory, in place of the stage's checkpoint."""
+    tokenizer.save_pretrained(directory)
+    model.save_pretrained(directory)
+
+
+def run(args: Args) -> dict:
+    """Everything, from flags to table; returns what results.json holds."""
+    began, device, out = time.perf_counter(), pick_device(args), Path(args.out)
+    args = dataclasses.replace(args, dtype=str(pick_dtype(args, device)).removeprefix("torch."))
+    if args.model:
+        directory = find_model(args.model)
+        config, tokenizer = Config.from_pretrained(directory), Tokenizer.from_pretrained(directory)
+    else:
+        tokenizer = data.toy_tokenizer()
+        config = toy_config(args, tokenizer)
+    task = make_task(tokenizer, config, args)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "probe.tmp").touch()
+        (out / "probe.tmp").unlink()
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be written to ({error.strerror})") from None
+
+    base = make_base(config, tokenizer, task, args, device, out)
+    print(f"{args.model or 'The embedded world'}: {sum(p.numel() for p in base.parameters()):,} parameters in {args.dtype} on {device}, "
+          f"{len(task.held_out)} held-out questions, seed {args.seed}.")
+    results = {"base": evaluate(base, tokenizer, task, args, "base")}
+    methods = ["opd", "caopd"] if args.method == "both" else [args.method]
+    for method in methods:
+        student = distill(base, tokenizer, task, method, args, out)
+        save(student, tokenizer, out / method)
+        results[method] = evaluate(student, tokenizer, task, args, method)
+
+    print(f"\n{table(results)}\n\n{grade_table(results)}\n\n{diagram(results)}\n\n{findings(results)}")
+    seconds = time.perf_counter() - began
+    (out / "results.tmp").write_text(to_json(results | {"settings": dataclasses.asdict(args), "seconds": seconds}, indent=2) + "\n")
+    os.replace(out / "results.tmp", out / "results.json")
+    for method in methods:
+        (out / method / "checkpoint.safetensors").unlink(missing_ok=True)
+    (out / "base" / "checkpoint.safetensors").unlink(missing_ok=True)
+    if args.figure:
+        draw(results, out / "reliability.png")
+    print(f"\nEverything is in {out} (results.json, metrics.jsonl, the models), after {seconds:.0f} seconds.")
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line; returns the exit code: 0, 2 for a request that cannot be served, 130 when interrupted."""
+    try:
+        run(parse_args(argv))
+    except (UsageError, DataError, ModelError) as error:
+        print(f"caopd.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,496 @@
+"""A decoder-only transformer, its key-value cache and its sampler, from scratch.
+
+Reads and writes Hugging Face directories (config.json and *.safetensors) of three families:
+
+    llama    Llama 2 and 3, SmolLM2 (llama3 rope scaling included)
+    qwen2    Qwen2, Qwen2.5         the same, with a bias on the q, k and v projections
+    qwen3    Qwen3                  the same, with an RMSNorm on the heads of q and k
+
+One idea shapes the file. Everything but attention treats tokens one at a time, so the tokens of all
+sequences lie end to end in one flat list [T], without padding, and a small object knows which token sees which:
+
+    Packed   several sequences side by side: the plain forward pass and the sampler's prefill
+    Tree     several completions that branch off one prompt: the prompt is computed once for all of them
+    Decode   one new token for each running sequence, looking back into a preallocated cache
+
+Shapes: T tokens, B prompts, N completions, L layers, H heads, G key-value heads, D hidden size, d head size, V vocabulary.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+class ModelError(ValueError):
+    """A model directory, or a request to a model, that cannot be served; the message is for the user."""
+
+
+# ----------------------------------------------------------------------------- configuration
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+@dataclass
+class Config:
+    """The part of config.json that the forward pass depends on, under Hugging Face's own names."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # None, or the parameters of {"rope_type": "llama3"}
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "Config":
+        """Reads directory/config.json.
+
+        Raises ModelError if it is missing or broken, or describes a network this file does not compute.
+        """
+        path = Path(directory) / "config.json"
+        raw = read_json(path)
+        if raw.get("model_type") not in ARCHITECTURES:
+            raise ModelError(f"{path}: model family {raw.get('model_type')!r} is not supported; "
+                             f"supported are {', '.join(ARCHITECTURES)}")
+        refuse_variants(path, raw)
+        theta, scaling = rope_parameters(path, raw)
+        heads = raw.get("num_attention_heads")
+        derived = {"rope_theta": theta, "rope_scaling": scaling, "num_key_value_heads": raw.get("num_key_value_heads") or heads,
+                   "head_dim": raw.get("head_dim") or (raw.get("hidden_size") or 0) // (heads or 1)}
+        fields = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None} | derived
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim"):
+            if not isinstance(fields.get(name), int) or fields[name] < 1:
+                raise ModelError(f"{path}: {name} must be a positive whole number, not {fields.get(name)!r}")
+        if heads % fields["num_key_value_heads"] or fields["head_dim"] % 2:
+            raise ModelError(f"{path}: {heads} heads of size {fields['head_dim']} cannot share {fields['num_key_value_heads']} key-value heads")
+        return cls(**fields)
+
+    def to_dict(self) -> dict:
+        """The config.json that the reference library reads back as the same network."""
+        return asdict(self) | {"architectures": [ARCHITECTURES[self.model_type]], "hidden_act": "silu",
+                               "attention_bias": False, "use_sliding_window": False}
+
+
+def read_json(path: Path) -> dict:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent}: no {path.name} there; pass a Hugging Face model directory") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def refuse_variants(path: Path, raw: dict) -> None:
+    """Refuses options of the known families that would change the network silently."""
+    layers = set(raw.get("layer_types") or ["full_attention"])
+    for name, refused in {"hidden_act": raw.get("hidden_act", "silu") != "silu", "attention_bias": raw.get("attention_bias"),
+                          "mlp_bias": raw.get("mlp_bias"), "use_sliding_window": raw.get("use_sliding_window"),
+                          "quantization_config": raw.get("quantization_config"), "layer_types": layers != {"full_attention"},
+                          "partial_rotary_factor": raw.get("partial_rotary_factor", 1) != 1}.items():
+        if refused:
+            raise ModelError(f"{path}: {name} = {raw[name]!r} is not supported")
+
+
+def rope_parameters(path: Path, raw: dict) -> tuple[float, dict | None]:
+    """(theta, scaling), from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before it)."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0)) if isinstance(rope, dict) else None
+    if kind == "default" and isinstance(theta, (int, float)) and theta > 0 and rope.get("partial_rotary_factor", 1) == 1:
+        return float(theta), None
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if kind == "llama3" and isinstance(theta, (int, float)) and all(isinstance(rope.get(n), (int, float)) for n in names):
+        return float(theta), {"rope_type": "llama3"} | {n: rope[n] for n in names}
+    raise ModelError(f"{path}: rotary embedding {rope!r} is not supported; 'default' and a complete 'llama3' are")
+
+
+# ----------------------------------------------------------------------------- the network
+
+def rope_frequencies(config: Config, device: torch.device) -> Tensor:
+    """Rotation speed of each pair of dimensions, [d/2]; with llama3 scaling the slow ones are slowed down further."""
+    speed = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim)
+    if config.rope_scaling is None:
+        return speed
+    s = config.rope_scaling
+    turns = s["original_max_position_embeddings"] * speed / (2 * math.pi)  # full turns within the original context
+    keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+    return keep * speed + (1 - keep) * speed / s["factor"]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of heads x [T, H, d] by cos, sin [T, 1, d]; dimension i is paired with i + d/2."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype.itemsize >= 4:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)  # the mean of squares needs float32
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        bias = config.model_type == "qwen2"
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        if config.model_type == "qwen3":
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = attend(rotate(q, *rope), rotate(k, *rope), v)  # [T, H, d] from [T, H, d], [T, G, d], [T, G, d]
+        return self.o_proj(out.flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Embedding, layers, norm and head; module names are Hugging Face's, so the state dict is the file format."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for name, weight in self.named_parameters():  # GPT-2's initialization; loading replaces it
+            if weight.dim() == 2:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.num_hidden_layers) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def hidden(self, input_ids: Tensor, positions: Tensor, attend) -> Tensor:
+        """Final hidden states [T, D] of the flat tokens input_ids [T] at positions [T]; `attend` is the file's one idea."""
+        x = self.model.embed_tokens(input_ids)
+        angle = torch.outer(positions.float(), rope_frequencies(self.config, positions.device)).repeat(1, 2)[:, None]
+        rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # [T, 1, d]
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, rope, partial(attend, i))
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Projects hidden states [..., D] onto the vocabulary, [..., V]."""
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(hidden, head.weight)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Next-token logits [B, T, V] of input_ids [B, T], int64, every row a full sequence without padding."""
+        rows = Packed([input_ids.shape[1]] * input_ids.shape[0], input_ids.device)
+        hidden = self.hidden(input_ids.flatten(), rows.positions, rows)
+        return self.logits(hidden).view(*input_ids.shape, -1)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> "Transformer":
+        """Loads a Hugging Face directory, tensor by tensor, so that the weights are never held twice.
+
+        dtype: float32, bfloat16 or float16; None keeps what the files hold.
+        Raises ModelError for a directory that is no supported model, a file that cannot be read,
+        and a tensor that is missing, unexpected or of the wrong shape.
+        """
+        directory = Path(directory)
+        with torch.device("meta"):  # shapes only
+            model = cls(Config.from_pretrained(directory))
+        expected, tensors = model.state_dict(), {}
+        for path in weight_files(directory):
+            try:
+                with safe_open(path, framework="pt", device=str(device)) as file:
+                    for name in file.keys():
+                        if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and model.config.tie_word_embeddings:
+                            continue  # written by some exporters, and recomputed or tied by every reader
+                        check_tensor(path, name, file.get_slice(name), expected)
+                        tensor = file.get_tensor(name)
+                        tensors[name] = tensor if dtype is None else tensor.to(dtype)
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path}: not a readable safetensors file ({error})") from None
+        if missing := sorted(expected.keys() - tensors.keys()):
+            raise ModelError(f"{directory}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        model.load_state_dict(tensors, assign=True)
+        return model.requires_grad_(True)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes config.json and model.safetensors; each is complete or absent, and config.json comes last."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, directory / "model.safetensors.tmp", metadata={"format": "pt"})
+        dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
+        (directory / "config.json.tmp").write_text(json.dumps(self.config.to_dict() | {"torch_dtype": dtype}, indent=2) + "\n")
+        for name in ("model.safetensors", "config.json"):
+            os.replace(directory / f"{name}.tmp", directory / name)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The directory's safetensors files: the shards that the index names, or the single file."""
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(s, str) and s == Path(s).name for s in shards.values()):
+            raise ModelError(f"{index}: weight_map must map tensor names to file names in the same directory")
+        files = [directory / shard for shard in sorted(set(shards.values()))]
+    else:
+        files = [single]
+    for path in files:
+        if not path.is_file():
+            raise ModelError(f"{directory}: {path.name} is missing; weights are read from safetensors files alone (pickles are never opened)")
+    return files
+
+
+def check_tensor(path: Path, name: str, stored, expected: dict[str, Tensor]) -> None:
+    if name not in expected:
+        raise ModelError(f"{path}: unexpected tensor {name}; config.json describes a network without it")
+    if list(stored.get_shape()) != list(expected[name].shape):
+        raise ModelError(f"{path}: tensor {name} has shape {list(stored.get_shape())}, config.json asks for {list(expected[name].shape)}")
+    if stored.get_dtype() not in ("F32", "F16", "BF16"):
+        raise ModelError(f"{path}: tensor {name} is stored as {stored.get_dtype()}; only F32, F16 and BF16 are read")
+
+
+# ----------------------------------------------------------------------------- who sees whom
+
+def padded_index(lengths: list[int], starts: list[int], device: torch.device) -> Tensor:
+    """Flat token index [B, max length] of the sequences at `starts`; padding points at the sequence's first token."""
+    steps = torch.arange(max(lengths), device=device)
+    lengths, starts = torch.tensor(lengths, device=device), torch.tensor(starts, device=device)
+    return starts[:, None] + steps * (steps < lengths[:, None])
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """[T, H, d] -> [B, H, S, d] by index [B, S]."""
+    return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:]).transpose(1, 2)
+
+
+def scatter(x: Tensor, flat: Tensor) -> Tensor:
+    """[B, H, S, d] -> [T, H, d], taking the rows flat [T] of the padded [B * S]."""
+    return x.transpose(1, 2).flatten(0, 1).index_select(0, flat)
+
+
+def unpadded(lengths: list[int], device: torch.device) -> Tensor:
+    """Where each token of the flat list stands in the padded [B * max length], [T]."""
+    width = max(lengths)
+    return torch.cat([torch.arange(n, device=device) + row * width for row, n in enumerate(lengths)])
+
+
+class Packed:
+    """Causal attention within each of several sequences that lie end to end. `keep=True` keeps keys and values."""
+
+    def __init__(self, lengths: list[int], device: torch.device, keep: bool = False):
+        starts = [0, *torch.tensor(lengths).cumsum(0).tolist()][:-1]
+        self.index = padded_index(lengths, starts, device)  # [B, P]
+        self.flat = unpadded(lengths, device)  # [T]
+        self.positions = torch.cat([torch.arange(n, device=device) for n in lengths])  # [T]
+        self.kept = [] if keep else None  # per layer: keys, values [B, G, P, d]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (gather(x, self.index) for x in (q, k, v))
+        if self.kept is not None:
+            self.kept.append((k, v))
+        # padding stands on the right, where causal attention never looks
+        return scatter(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), self.flat)
+
+
+class Tree:
+    """K completions branch off each prompt: all of them attend to one copy of its keys and values.
+
+    The flat list holds every prompt, then every completion but for its last token, which predicts nothing: P + K·C
+    tokens where K copies of the prompt would cost K·(P + C). The plain way stands beside it in tests/test_model.py.
+
+    prompts: B lists of ids; completions: B lists of K lists of ids, none empty.
+    input_ids, positions [T]; targets [M]: the completion tokens in order; predicts [M]: the flat token that predicts each.
+    """
+
+    def __init__(self, prompts: list[list[int]], completions: list[list[list[int]]], device: torch.device):
+        branches = [branch for group in completions for branch in group]
+        inputs = [branch[:-1] for branch in branches]
+        lengths = [len(p) for p in prompts]
+        owner = [b for b, group in enumerate(completions) for _ in group]  # the prompt of each completion
+        self.prompts = Packed(lengths, device)
+        self.tokens = sum(lengths)  # prompt tokens come first
+        starts = [self.tokens, *(self.tokens + torch.tensor([len(i) for i in inputs]).cumsum(0)).tolist()][:-1]
+        flat = [token for ids in prompts + inputs for token in ids]
+        self.input_ids = torch.tensor(flat, device=device)
+        self.positions = torch.cat([self.prompts.positions] + [
+            torch.arange(lengths[b], lengths[b] + len(ids), device=device) for b, ids in zip(owner, inputs)])
+        self.targets = torch.tensor([token for branch in branches for token in branch], device=device)
+        ends = torch.tensor(lengths).cumsum(0) - 1
+        self.predicts = torch.cat([torch.cat([ends[b, None], torch.arange(s, s + len(ids))])
+                                   for b, s, ids in zip(owner, starts, inputs)]).to(device)
+        widths = [len(ids) for ids in inputs]
+        self.branch = None if max(widths) == 0 else padded_index(widths, starts, device)  # [N, C]
+        if self.branch is not None:
+            self.owner = torch.tensor(owner, device=device)
+            self.flat = unpadded(widths, device)
+            width = self.branch.shape[1]
+            seen = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]  # [B, P]
+            causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+            self.mask = torch.cat([seen[self.owner, None, None].expand(-1, 1, width, -1),
+                                   causal.expand(len(branches), 1, -1, -1)], dim=-1)  # [N, 1, C, P + C]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        prompt = self.prompts(layer, q[:self.tokens], k[:self.tokens], v[:self.tokens])
+        if self.branch is None:
+            return prompt
+        shared = self.prompts.index[self.owner]  # [N, P]: gathering repeats the keys, and sums their gradients
+        index = torch.cat([shared, self.branch], dim=1)  # [N, P + C]
+        out = F.scaled_dot_product_attention(gather(q, self.branch), gather(k, index), gather(v, index), attn_mask=self.mask, enable_gqa=True)
+        return torch.cat([prompt, scatter(out, self.flat)])
+
+
+class Decode:
+    """The cache of the sampler: room for every future token is taken once, and finished rows are dropped."""
+
+    def __init__(self, prefill: Packed, lengths: list[int], samples: int, room: int):
+        rows = torch.arange(len(lengths), device=prefill.index.device).repeat_interleave(samples)
+        self.keys, self.values = ([F.pad(pair[i][rows], (0, 0, 0, room)) for pair in prefill.kept] for i in (0, 1))  # L x [N, G, P + room, d]
+        self.slot = prefill.index.shape[1]  # where the next token's keys go, the same for every row
+        self.positions = torch.tensor(lengths, device=rows.device)[rows]  # its position, which is not
+        self.visible = torch.arange(self.slot + room, device=rows.device) < self.positions[:, None]  # [N, P + room]
+
+    def advance(self, model: Transformer, tokens: Tensor) -> Tensor:
+        """Appends tokens [N]; returns the logits [N, V] of their successors."""
+        self.visible[:, self.slot] = True
+        hidden = model.hidden(tokens, self.positions, self)
+        self.slot, self.positions = self.slot + 1, self.positions + 1
+        return model.logits(hidden)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values, end = self.keys[layer], self.values[layer], self.slot + 1
+        keys[:, :, self.slot], values[:, :, self.slot] = k, v
+        mask = self.visible[:, None, None, :end]
+        return F.scaled_dot_product_attention(q[:, :, None], keys[:, :, :end], values[:, :, :end], attn_mask=mask, enable_gqa=True)[:, :, 0]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops every row but `rows`, layer by layer, so that only one layer is ever held twice."""
+        for cache in (self.keys, self.values):
+            for layer in range(len(cache)):
+                cache[layer] = cache[layer][rows]
+        self.positions, self.visible = self.positions[rows], self.visible[rows]
+
+
+# ----------------------------------------------------------------------------- the sampler
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """Draws a token per row of logits [N, V]: temperature, then the k likeliest, then the nucleus of mass p. [N]"""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the likelier tokens
+        logits = logits.scatter(-1, order, ordered.masked_fill(before >= top_p, -torch.inf))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
+             top_p: float = 1.0, eos_ids: list[int] | tuple[int, ...] = (), num_samples: int = 1,
+             generator: torch.Generator | None = None) -> list[list[int]]:
+    """Samples completions of token-id prompts of any lengths; each prompt is computed once, whatever num_samples.
+
+    temperature: 0 is greedy; top_k: 0 is off; top_p: 1 is off; eos_ids: tokens that end a completion;
+    generator: on the model's device, None uses torch's global one.
+    Returns len(prompts) * num_samples lists of ids, the samples of a prompt together, without the prompt,
+    with the end token where one was sampled (a list without one was cut off at max_new_tokens).
+    Raises ModelError for arguments that make no sense.
+    """
+    if not prompts or not all(prompts):
+        raise ModelError("generate: every prompt needs at least one token")
+    if max_new_tokens < 1 or num_samples < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ModelError(f"generate: out of range: max_new_tokens={max_new_tokens}, num_samples={num_samples}, "
+                         f"temperature={temperature}, top_k={top_k}, top_p={top_p}")
+    lengths = [len(prompt) for prompt in prompts]
+    prefill = Packed(lengths, model.device, keep=True)
+    flat = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
+    hidden = model.hidden(flat, prefill.positions, prefill)
+    last = torch.tensor(lengths, device=model.device).cumsum(0) - 1
+    logits = model.logits(hidden[last]).repeat_interleave(num_samples, dim=0)  # [N, V]
+    cache = Decode(prefill, lengths, num_samples, max_new_tokens)
+    prefill.kept.clear()
+
+    out = torch.zeros(len(logits), max_new_tokens, dtype=torch.long, device=model.device)
+    count = torch.full((len(logits),), max_new_tokens, device=model.device)
+    ends = torch.tensor(list(eos_ids), dtype=torch.long, device=model.device)
+    rows, running = torch.arange(len(logits), device=model.device), torch.ones(len(logits), dtype=torch.bool, device=model.device)
+    for step in range(max_new_tokens):
+        tokens = sample(logits, temperature, top_k, top_p, generator)
+        out[rows, step] = tokens
+        ended = torch.isin(tokens, ends) & running
+        count[rows[ended]] = step + 1
+        running &= ~ended
+        alive = int(running.sum())
+        if alive == 0 or step + 1 == max_new_tokens:
+            break
+        if alive <= 0.75 * len(rows):  # finished rows stop costing; a copy for every single one would cost more
+            kept = running.nonzero()[:, 0]
+            rows, tokens, running = rows[kept], tokens[kept], running[kept]
+            cache.keep(kept)
+        logits = cache.advance(model, tokens)
+    return [ids[:n] for ids, n in zip(out.tolist(), count.tolist())]
