@@ -83,19 +83,22 @@ class Args:
     sft_documents: int = flag("supervised stage (makes the base)", None, "documents a step, half closed-book, half open-book")
     sft_lr: float = flag("supervised stage (makes the base)", None, "peak learning rate")
     sft_noise: float = flag("supervised stage (makes the base)", None, "share of wrong closed-book answers, so that the base knows better than it writes")
+    sft_answers: float = flag("supervised stage (makes the base)", None, "share of the updates, at the start, that teach answers alone, in documents that stop before the confidence")
     width: int = flag("supervised stage (makes the base)", 128, "hidden size of the embedded world's transformer")
     layers: int = flag("supervised stage (makes the base)", 3, "and how many layers it has")
 
     eval_questions: int = flag("evaluation", None, "most held-out questions to ask")
+    oracle: int = flag("evaluation", 0, "also estimate each held-out question's success rate mu(x) from N samples, and add what a confidence c = mu(x) would score")
     device: str = flag("hardware", "auto", "cpu, cuda or cuda:i; auto takes a GPU where there is one")
     dtype: str = flag("hardware", "auto", "auto is bfloat16 for --model where the hardware multiplies it natively, else float32", ("auto", "float32", "bfloat16"))
-    micro_tokens: int = flag("hardware", 16384, "tokens computed at once; lower it when memory runs out, the result stays the same")
+    micro_tokens: int = flag("hardware", None, "tokens computed at once; lower it when memory runs out: the loss stays the same, samples are drawn in another order")
     save_every: int = flag("hardware", 50, "steps between checkpoints; an interrupted run goes on from the last one")
 
 
 DEFAULTS = {  # field: (embedded world, --model)
-    "steps": (200, 100), "prompts": (32, 32), "lr": (3e-4, 1e-5), "teacher_rate": (0.02, 0.01), "max_new_tokens": (16, 1024),
-    "sft_steps": (1200, 0), "sft_documents": (128, 32), "sft_lr": (2e-3, 2e-4), "sft_noise": (0.2, 0.2), "eval_questions": (2000, 500)}
+    "steps": (160, 100), "prompts": (24, 32), "lr": (3e-4, 1e-5), "teacher_rate": (0.02, 0.01), "max_new_tokens": (16, 1024),
+    "sft_steps": (1200, 0), "sft_documents": (128, 32), "sft_lr": (3e-3, 2e-4), "sft_noise": (0.25, 0.2), "sft_answers": (0.6, 0.0),
+    "eval_questions": (2000, 500), "micro_tokens": (16384, 4096)}
 
 
 # ----------------------------------------------------------------------------- Algorithm 1, steps 1 and 2
@@ -128,7 +131,7 @@ def rollout(student: Transformer, tokenizer: Tokenizer, task: Task, examples: li
     """
     prompts = [tokenizer.chat(data.student_messages(example, task.wording)) for example in examples]
     groups = []
-    for batch in micro_batches([samples * (len(p) + args.max_new_tokens) for p in prompts], args.micro_tokens):
+    for batch in micro_batches([samples * (len(p) + args.max_new_tokens) for p in prompts], 4 * args.micro_tokens):  # keys and values alone are small
         sampled = generate(student, [prompts[i] for i in batch], args.max_new_tokens, args.temperature,
                            eos_ids=tokenizer.eos_ids, num_samples=samples, generator=generator)
         for n, i in enumerate(batch):
@@ -275,23 +278,32 @@ def write_back(model: Transformer, weights: list[Tensor]) -> None:
             parameter.copy_(weight)  # copying a tensor onto itself changes nothing
 
 
-class Optimizer:
-    """AdamW on float32 master weights, with gradient clipping, warm-up and cosine decay."""
+def cosine(step: int, steps: int) -> float:
+    """Share of the peak learning rate: warm-up over the first tenth of the steps, then a cosine down to zero."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-    def __init__(self, model: Transformer, lr: float, steps: int, clip: float):
-        self.model, self.peak, self.steps, self.clip, self.step_count = model, lr, steps, clip, 0
+
+def trapezoid(step: int, steps: int) -> float:
+    """The same for the supervised stage, whose documents change half-way: level in between, down over the last 30 %."""
+    return min(1.0, 10 * (step + 1) / steps, (steps - step) / (0.3 * steps))
+
+
+class Optimizer:
+    """AdamW on float32 master weights, with gradient clipping and a schedule (step, steps) -> share of the peak rate."""
+
+    def __init__(self, model: Transformer, lr: float, steps: int, clip: float, schedule=cosine):
+        self.model, self.peak, self.steps, self.clip, self.schedule, self.step_count = model, lr, steps, clip, schedule, 0
         self.master = float32_weights(model)
-        self.adam = torch.optim.AdamW(self.master, lr=lr, weight_decay=0.0, fused=True)
+        self.adam = torch.optim.AdamW(self.master, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         for weight in self.master:
             weight.grad = torch.zeros_like(weight)
 
     @property
     def lr(self) -> float:
-        """Warm-up over the first tenth of the steps, then a cosine down to zero."""
-        warmup = max(1, self.steps // 10)
-        if self.step_count < warmup:
-            return self.peak * (self.step_count + 1) / warmup
-        return self.peak * 0.5 * (1 + math.cos(math.pi * (self.step_count - warmup) / max(1, self.steps - warmup)))
+        return self.peak * self.schedule(self.step_count, self.steps)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the loss's gradient to the float32 sums of this step."""
@@ -380,19 +392,25 @@ def distill(base: Transformer, tokenizer: Tokenizer, task: Task, method: str, ar
 
 
 def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: Args, out: Path) -> Transformer:
-    """The supervised stage that makes the base model: cross-entropy on the completions of half closed-book, half
-    open-book documents (data.closed_book, data.open_book). Trains `model` in place and returns it."""
-    optimizer = Optimizer(model, args.sft_lr, args.sft_steps, args.clip)
+    """The supervised stage that makes the base model: cross-entropy on completions. Trains `model` in place and returns it.
+
+    First answers alone (a share --sft-answers of the updates), then documents with confidences, half closed-book and
+    half open-book (data.closed_book, data.open_book).
+    """
+    optimizer = Optimizer(model, args.sft_lr, args.sft_steps, args.clip, trapezoid)
     start = load_checkpoint(out / "base", optimizer, [], settings(args, "base"))
     log = Log(out / "metrics.jsonl", "base", start)
     bar = tqdm(range(start, args.sft_steps), initial=start, total=args.sft_steps, desc="  base", unit="step", dynamic_ncols=True)
     for step in bar:
         began = time.perf_counter()
-        rng = random.Random(f"{args.seed} documents {step}")
-        documents = [data.closed_book(example, task.wording, rng, args.sft_noise) if i % 2 else data.open_book(example, task.wording, rng)
-                     for i, example in enumerate(task.draw(args.sft_documents, "base", step))]
+        rng, examples = random.Random(f"{args.seed} documents {step}"), task.draw(args.sft_documents, "base", step)
+        if step < args.sft_answers * args.sft_steps:
+            documents = [data.answer_only(example, task.wording) for example in examples]
+        else:
+            documents = [data.closed_book(example, task.wording, rng, args.sft_noise) if i % 2 else data.open_book(example, task.wording, rng)
+                         for i, example in enumerate(examples)]
         prompts = [tokenizer.chat(messages) for messages, _ in documents]
-        completions = [[tokenizer.encode(text) + tokenizer.eos_ids[:1]] for _, text in documents]
+        completions = [[tokenizer.encode(text) + ([] if text.endswith(data.UNFINISHED) else tokenizer.eos_ids[:1])] for _, text in documents]
         count, total = sum(len(ids) for group in completions for ids in group), 0.0
         for batch in micro_batches([len(p) + len(c[0]) for p, c in zip(prompts, completions)], args.micro_tokens):
             tree = Tree([prompts[i] for i in batch], [completions[i] for i in batch], model.device)
@@ -417,9 +435,9 @@ def mean(values: list) -> float:
 
 def settings(args: Args, stage: str) -> dict:
     """What determines a stage's result: flags by name, and the contents of the training file."""
-    shared = ["task", "model", "train", "seed", "sft_steps", "sft_documents", "sft_lr", "sft_noise", "clip", "width", "layers", "dtype"]
+    shared = ["task", "model", "train", "seed", "sft_steps", "sft_documents", "sft_lr", "sft_noise", "sft_answers", "clip", "width", "layers", "dtype"]
     distilled = ["steps", "prompts", "rollouts", "lr", "divergence", "teacher_rate", "context", "skip_tokens", "max_prompt", "skip_long",
-                 "max_new_tokens", "temperature"]
+                 "max_new_tokens", "temperature", "micro_tokens"]
     chosen = {name: getattr(args, name) for name in shared + (distilled if stage != "base" else [])}
     return chosen | {"stage": stage, "train_crc": zlib.crc32(Path(args.train).read_bytes()) if args.train else 0}
 
@@ -461,7 +479,7 @@ class Log:
                 row = json.loads(line)
             except ValueError:
                 continue  # the last line of a run that was killed while writing
-            if row["stage"] != stage or row["step"] < step:
+            if row.get("stage") != stage or row["step"] < step:
                 kept.append(line + "\n")
         path.with_suffix(".tmp").write_text("".join(kept))
         os.replace(path.with_suffix(".tmp"), path)
@@ -527,21 +545,40 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 10) -> 
              "accuracy": float(r[m].mean()) if m.any() else math.nan} for m in members]
 
 
-def evaluate(model: Transformer, tokenizer: Tokenizer, task: Task, args: Args, name: str) -> dict:
-    """Asks every held-out question once, sampled as in deployment; returns the metrics, also by grade, and the bins."""
-    groups, generator = [], seeded(args, "evaluation", 0, model.device)
+def ask(model: Transformer, tokenizer: Tokenizer, task: Task, samples: int, args: Args, name: str) -> list[Group]:
+    """Every held-out question, sampled as in deployment, with a progress bar."""
+    groups, generator = [], seeded(args, "evaluation", samples, model.device)
     with tqdm(total=len(task.held_out), desc=f"{name:>6}", unit="question", dynamic_ncols=True) as bar:
         for start in range(0, len(task.held_out), 500):
-            groups += rollout(model, tokenizer, task, task.held_out[start:start + 500], 1, args, generator)
+            groups += rollout(model, tokenizer, task, task.held_out[start:start + 500], samples, args, generator)
             bar.update(len(groups) - bar.n)
+    return groups
+
+
+def evaluate(model: Transformer, tokenizer: Tokenizer, task: Task, args: Args, name: str) -> dict:
+    """Asks every held-out question once; returns the metrics, also by grade, the reliability bins and the oracle's figures."""
+    groups = ask(model, tokenizer, task, 1, args, name)
     stated = [data.parse_confidence(tokenizer.decode(group.completions[0])) for group in groups]
     confidence = np.array([math.nan if c is None else c for c in stated])
     correct = np.array([group.mu_hat for group in groups])
     grades = np.array([group.example.grade for group in groups])
     by_grade = {str(grade): calibration(confidence[grades == grade], correct[grades == grade]) | {"count": int((grades == grade).sum())}
                 for grade in dict.fromkeys(grades)}
-    return calibration(confidence, correct) | {"questions": len(groups), "cut_off": mean([not ended(tokenizer, g.completions[0]) for g in groups]),
-                                               "by_grade": by_grade, "reliability": reliability(confidence, correct)}
+    figures = calibration(confidence, correct) | {"questions": len(groups), "cut_off": mean([not ended(tokenizer, g.completions[0]) for g in groups]),
+                                                  "by_grade": by_grade, "reliability": reliability(confidence, correct)}
+    if args.oracle:
+        figures["oracle"] = oracle([g.mu_hat for g in ask(model, tokenizer, task, args.oracle, args, name)], correct, args.oracle)
+    return figures
+
+
+def oracle(mu: list[float], correct: np.ndarray, samples: int) -> dict:
+    """What the best prompt-level confidence would score: c = μ(x), estimated from `samples` other answers to each question.
+
+    Brier is the floor E[μ(1 − μ)], unbiased: E[μ̂(1 − μ̂)] = (1 − 1/N) μ(1 − μ). SPR and ECE are those of μ̂ itself, whose
+    sampling error costs a little. theory/prompt_level.py has both yardsticks exactly.
+    """
+    mu = np.asarray(mu)
+    return calibration(mu, correct) | {"brier": float((mu * (1 - mu)).mean() * samples / (samples - 1))}
 
 
 # ----------------------------------------------------------------------------- what the user sees
@@ -552,9 +589,11 @@ COLUMNS = {"accuracy": "accuracy", "mean_confidence": "mean conf.", "ocg": "OCG"
 
 def table(results: dict) -> str:
     """The metrics of each model, a row a model."""
-    lines = [f"{'':8}" + "".join(f"{title:>12}" for title in COLUMNS.values())]
+    lines = [f"{'':14}" + "".join(f"{title:>12}" for title in COLUMNS.values())]
     for name, row in results.items():
-        lines.append(f"{NAMES[name]:8}" + "".join(f"{row[key]:>+12.3f}" if key == "ocg" else f"{row[key]:>12.3f}" for key in COLUMNS))
+        for title, figures in ((NAMES[name], row), ("  oracle μ(x)", row.get("oracle"))):
+            if figures:
+                lines.append(f"{title:14}" + "".join(f"{figures[key]:>+12.3f}" if key == "ocg" else f"{figures[key]:>12.3f}" for key in COLUMNS))
     return "\n".join(lines)
 
 
@@ -664,10 +703,12 @@ def check(args: Args) -> None:
     for name in ("sft_steps", "skip_tokens"):
         if getattr(args, name) < 0:
             refuse(name, "0 or more")
+    if args.oracle < 0 or args.oracle == 1:
+        refuse("oracle", "at least 2 samples a question, or 0")
     for name in ("lr", "sft_lr", "clip", "temperature"):
         if not (math.isfinite(getattr(args, name)) and getattr(args, name) > 0):
             refuse(name, "a positive number")
-    for name in ("teacher_rate", "sft_noise"):
+    for name in ("teacher_rate", "sft_noise", "sft_answers"):
         if not 0 <= getattr(args, name) <= 1:
             refuse(name, "between 0 and 1")
     if args.width % 8:
@@ -758,28 +799,26 @@ def toy_config(args: Args, tokenizer: Tokenizer) -> Config:
                   max_position_embeddings=128, eos_token_id=tokenizer.eos_ids[0], pad_token_id=tokenizer.eos_ids[0], tie_word_embeddings=True)
 
 
-def make_base(config: Config, tokenizer: Tokenizer, task: Task, args: Args, device: torch.device, out: Path) -> Transformer:
-    """The model that both methods start from: loaded or initialized, then taught --sft-steps; or an earlier run's, where it is the same."""
-    dtype, made = getattr(torch, args.dtype), out / "base" / "settings.json"
-    identity = json.dumps(settings(args, "base"), indent=2)
-    if args.sft_steps and made.exists() and made.read_text() == identity:
-        print(f"Reusing the base model in {out / 'base'}: it was made with the same settings.")
-        return Transformer.from_pretrained(out / "base", dtype, device)
+def starting_model(config: Config, args: Args, device: torch.device) -> Transformer:
+    """--model's weights, or the embedded world's transformer as it was born."""
+    dtype = getattr(torch, args.dtype)
     if args.model:
-        model = Transformer.from_pretrained(find_model(args.model), dtype, device)
-    else:
-        torch.manual_seed(args.seed)
-        model = Transformer(config).to(device, dtype)
-    if args.sft_steps:
-        made.unlink(missing_ok=True)
-        supervise(model, tokenizer, task, args, out)
-        save(model, tokenizer, out / "base")
-        made.write_text(identity)
-    return model
+        return Transformer.from_pretrained(find_model(args.model), dtype, device)
+    torch.manual_seed(args.seed)
+    return Transformer(config).to(device, dtype)
+
+
+def make_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "probe.tmp").touch()
+        (out / "probe.tmp").unlink()
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be written to ({error.strerror})") from None
 
 
 def save(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
-    """A Hugging Face directory, in place of the stage's checkpoint."""
+    """A Hugging Face directory; config.json comes last, so what has one is complete."""
     tokenizer.save_pretrained(directory)
     model.save_pretrained(directory)
 
@@ -795,14 +834,16 @@ def run(args: Args) -> dict:
         tokenizer = data.toy_tokenizer()
         config = toy_config(args, tokenizer)
     task = make_task(tokenizer, config, args)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "probe.tmp").touch()
-        (out / "probe.tmp").unlink()
-    except OSError as error:
-        raise UsageError(f"--out {out}: cannot be written to ({error.strerror})") from None
-
-    base = make_base(config, tokenizer, task, args, device, out)
+    made, identity = out / "base" / "settings.json", json.dumps(settings(args, "base"), indent=2)
+    reuse = args.sft_steps > 0 and made.exists() and made.read_text() == identity
+    base = Transformer.from_pretrained(out / "base", getattr(torch, args.dtype), device) if reuse else starting_model(config, args, device)
+    make_writable(out)
+    if reuse:
+        print(f"Reusing the base model in {out / 'base'}: it was made with the same settings.")
+    elif args.sft_steps:
+        made.unlink(missing_ok=True)
+        save(supervise(base, tokenizer, task, args, out), tokenizer, out / "base")
+        made.write_text(identity)
     print(f"{args.model or 'The embedded world'}: {sum(p.numel() for p in base.parameters()):,} parameters in {args.dtype} on {device}, "
           f"{len(task.held_out)} held-out questions, seed {args.seed}.")
     results = {"base": evaluate(base, tokenizer, task, args, "base")}
@@ -830,7 +871,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(parse_args(argv))
     except (UsageError, DataError, ModelError) as error:
-        print(f"caopd.py: error: {error}", file=sys.stderr)
+        print("caopd.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)

@@ -167,11 +167,10 @@ class Wording:
 
 
 WORDS = Wording(
-    instruction='\n\nAfter the answer, write one last line "Confidence: X", where X, between 0.00 and 1.00, '
-                'is the probability that your answer is correct.',
-    context="\n\nA response to this question could look like this:\n{demo}",
-    report='\n\nThe measured success rate on this question is {confidence}. Report exactly this value after "Confidence:".',
-    closing="\n\nNow give a response of your own.")
+    instruction='\nEnd with a line "Confidence: X", X from 0.00 to 1.00: how likely your answer is correct.',
+    context="\n\nA response could look like this:\n{demo}",
+    report="\nThe measured success rate on this question is {confidence}: state exactly this confidence.",
+    closing="\n\nNow respond yourself.")
 SYMBOLS = Wording(instruction="", context="\n{demo}", report="", closing="")  # the embedded world has no words
 
 
@@ -377,7 +376,7 @@ def arithmetic_question(grade: str, rng: random.Random, held_out: bool, words: b
     result = str(a + b if op == "+" else a * b)
     if words:
         sign = {"+": "+", "*": "times"}[op]
-        return Example("arithmetic", f"What is {a} {sign} {b}? Answer with the number alone.", result, demo=result, grade=grade)
+        return Example("arithmetic", f"What is {a} {sign} {b}?", result, demo=result, grade=grade)
     return Example("arithmetic", f"{a}{op}{b}=", result[::-1], demo=result[::-1], grade=grade)
 
 
@@ -396,10 +395,10 @@ def arithmetic_task(seed: int, held_out: int, words: bool) -> Task:
 
 
 def toy_tokenizer() -> Tokenizer:
-    """The embedded world's tokenizer: a token per character, `Confidence: ` as one token, and a chat template."""
-    vocabulary = ["<|unknown|>", "<|end|>", "<|user|>", "<|assistant|>", "Confidence: ", *"0123456789+*=.\n"]
+    """The embedded world's tokenizer: a token per character but for the pieces of a confidence, and a chat template."""
+    vocabulary = ["<|unknown|>", "<|end|>", "<|user|>", "<|assistant|>", "\nConfidence: ", "0.", "1.", *"0123456789+*=\n"]
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({t: i for i, t in enumerate(vocabulary)}, unk_token="<|unknown|>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"Confidence: |[\s\S]"), behavior="isolated")
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\nConfidence: |[01]\.|[\s\S]"), behavior="isolated")
     backend.decoder = tokenizers.decoders.Fuse()
     backend.add_special_tokens(vocabulary[:4])
     template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}" \
@@ -411,12 +410,18 @@ def toy_tokenizer() -> Tokenizer:
 
 # ----------------------------------------------------------------------------- documents for the supervised stage
 
+UNFINISHED = "Confidence: "  # how a document ends that stops before the number
 HABIT = (0.75, 0.80, 0.85, 0.90, 0.90, 0.95, 0.95, 1.00)
 
 
 def stated(answer: str, confidence: float) -> str:
     """A completion's text: the answer, then the confidence on a line of its own."""
     return f"{answer}\n{format_confidence(confidence)}"
+
+
+def answer_only(example: Example, wording: Wording) -> tuple[list[dict], str]:
+    """(messages, completion): question → answer, up to the point where a confidence would follow; half as long as the others."""
+    return student_messages(example, wording), f"{example.demo}\n{UNFINISHED}"
 
 
 def closed_book(example: Example, wording: Wording, rng: random.Random, noise: float) -> tuple[list[dict], str]:

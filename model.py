@@ -21,6 +21,7 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -216,10 +217,10 @@ class Transformer(nn.Module):
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for name, weight in self.named_parameters():  # GPT-2's initialization; loading replaces it
+        for name, weight in self.named_parameters():  # 1/√D, smaller where layers add up; loading replaces it
             if weight.dim() == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.num_hidden_layers) if residual else 0.02)
+                nn.init.normal_(weight, std=(config.hidden_size * (2 * config.num_hidden_layers if residual else 1)) ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
@@ -334,17 +335,16 @@ def scatter(x: Tensor, flat: Tensor) -> Tensor:
 def unpadded(lengths: list[int], device: torch.device) -> Tensor:
     """Where each token of the flat list stands in the padded [B * max length], [T]."""
     width = max(lengths)
-    return torch.cat([torch.arange(n, device=device) + row * width for row, n in enumerate(lengths)])
+    return torch.tensor([row * width + t for row, n in enumerate(lengths) for t in range(n)], device=device)
 
 
 class Packed:
     """Causal attention within each of several sequences that lie end to end. `keep=True` keeps keys and values."""
 
     def __init__(self, lengths: list[int], device: torch.device, keep: bool = False):
-        starts = [0, *torch.tensor(lengths).cumsum(0).tolist()][:-1]
-        self.index = padded_index(lengths, starts, device)  # [B, P]
+        self.index = padded_index(lengths, list(accumulate(lengths, initial=0))[:-1], device)  # [B, P]
         self.flat = unpadded(lengths, device)  # [T]
-        self.positions = torch.cat([torch.arange(n, device=device) for n in lengths])  # [T]
+        self.positions = torch.tensor([t for n in lengths for t in range(n)], device=device)  # [T]
         self.kept = [] if keep else None  # per layer: keys, values [B, G, P, d]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -366,23 +366,21 @@ class Tree:
     """
 
     def __init__(self, prompts: list[list[int]], completions: list[list[list[int]]], device: torch.device):
-        branches = [branch for group in completions for branch in group]
-        inputs = [branch[:-1] for branch in branches]
-        lengths = [len(p) for p in prompts]
         owner = [b for b, group in enumerate(completions) for _ in group]  # the prompt of each completion
+        inputs = [branch[:-1] for group in completions for branch in group]
+        lengths = [len(prompt) for prompt in prompts]
         self.prompts = Packed(lengths, device)
         self.tokens = sum(lengths)  # prompt tokens come first
-        starts = [self.tokens, *(self.tokens + torch.tensor([len(i) for i in inputs]).cumsum(0)).tolist()][:-1]
-        flat = [token for ids in prompts + inputs for token in ids]
-        self.input_ids = torch.tensor(flat, device=device)
-        self.positions = torch.cat([self.prompts.positions] + [
-            torch.arange(lengths[b], lengths[b] + len(ids), device=device) for b, ids in zip(owner, inputs)])
-        self.targets = torch.tensor([token for branch in branches for token in branch], device=device)
-        ends = torch.tensor(lengths).cumsum(0) - 1
-        self.predicts = torch.cat([torch.cat([ends[b, None], torch.arange(s, s + len(ids))])
-                                   for b, s, ids in zip(owner, starts, inputs)]).to(device)
+        starts = list(accumulate((len(ids) for ids in inputs), initial=self.tokens))
+        ends = list(accumulate(lengths))  # one past each prompt
+        self.input_ids = torch.tensor([token for ids in prompts + inputs for token in ids], device=device)
+        self.positions = torch.tensor([t for n in lengths for t in range(n)]
+                                      + [lengths[b] + t for b, ids in zip(owner, inputs) for t in range(len(ids))], device=device)
+        self.targets = torch.tensor([token for group in completions for branch in group for token in branch], device=device)
+        self.predicts = torch.tensor([i for b, start, ids in zip(owner, starts, inputs)
+                                      for i in (ends[b] - 1, *range(start, start + len(ids)))], device=device)
         widths = [len(ids) for ids in inputs]
-        self.branch = None if max(widths) == 0 else padded_index(widths, starts, device)  # [N, C]
+        self.branch = None if max(widths) == 0 else padded_index(widths, starts[:-1], device)  # [N, C]
         if self.branch is not None:
             self.owner = torch.tensor(owner, device=device)
             self.flat = unpadded(widths, device)
@@ -390,7 +388,7 @@ class Tree:
             seen = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]  # [B, P]
             causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
             self.mask = torch.cat([seen[self.owner, None, None].expand(-1, 1, width, -1),
-                                   causal.expand(len(branches), 1, -1, -1)], dim=-1)  # [N, 1, C, P + C]
+                                   causal.expand(len(inputs), 1, -1, -1)], dim=-1)  # [N, 1, C, P + C]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         prompt = self.prompts(layer, q[:self.tokens], k[:self.tokens], v[:self.tokens])

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -247,8 +248,7 @@ def test_small_steps_and_ema_increments_survive_bfloat16():
     """At lr 1e-5 a bfloat16 weight alone would not move, nor its EMA; the float32 masters carry both."""
     model = tiny_model(torch.bfloat16)
     before = [p.detach().float().clone() for p in model.parameters()]
-    optimizer, ema = Optimizer(model, lr=1e-5, steps=10 ** 9, clip=1.0), float32_weights(model)
-    optimizer.step_count = 10 ** 8  # past the warm-up
+    optimizer, ema = Optimizer(model, 1e-5, 300, 1.0, schedule=lambda step, steps: 1.0), float32_weights(model)
     for _ in range(300):
         optimizer.backward(sum(p.float().sum() for p in model.parameters()))  # every weight should fall by lr a step
         optimizer.step()
@@ -454,6 +454,14 @@ def test_bad_files_and_directories_are_one_sentence(tmp_path, real_model, capsys
     refused(real_model, tmp_path / "absent.jsonl", "cannot be read")
     refused(tmp_path, good, "no config.json")
     refused(good, good, "no such directory")
+    cut = tmp_path / "cut"
+    shutil.copytree(real_model, cut)
+    (cut / "model.safetensors").write_bytes((real_model / "model.safetensors").read_bytes()[:-8])
+    refused(cut, good, "not a readable safetensors file")
+    (cut / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "chat_template": "{{ raise_exception('no\\nsuch role') }}"}))
+    refused(cut, good, "the chat template failed: no such role")
+    (cut / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    refused(cut, good, "'mamba' is not supported")
 
 
 def test_an_unwritable_directory_is_one_sentence(tmp_path, capsys):

@@ -119,14 +119,14 @@ def test_the_toy_tokenizer_round_trip(tmp_path):
     messages = [{"role": "user", "content": "12+34="}]
     assert again.chat(messages) == toy.chat(messages) == [2, *toy.encode("12+34="), 3]
     text = "64\nConfidence: 0.85"
-    assert toy.decode(toy.encode(text)) == text and len(toy.encode(text)) == 8
+    assert toy.decode(toy.encode(text)) == text and len(toy.encode(text)) == 6
     assert again.eos_ids == [1]
 
 
 def test_templates_get_the_special_tokens_and_a_file_wins_over_the_config(tmp_path):
     write_tokenizer(tmp_path, bos_token={"content": "<|user|>"})
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m['content'] | trim }}{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ eos_token }}")
-    assert Tokenizer.from_pretrained(tmp_path).chat([{"role": "user", "content": " 1 "}]) == [2, 6, 1]
+    assert Tokenizer.from_pretrained(tmp_path).chat([{"role": "user", "content": " 1 "}]) == [2, 8, 1]
 
 
 @pytest.mark.parametrize("template, words", [
