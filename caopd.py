@@ -47,6 +47,11 @@ class UsageError(ValueError):
 
 # ----------------------------------------------------------------------------- the command line
 
+RUN, DISTILL, SAMPLE, BASE, TOY, EVAL, HARDWARE = (
+    "what to run", "distillation", "lengths and sampling", "supervised stage (makes the base)",
+    "the embedded world's transformer", "evaluation", "hardware")
+
+
 def flag(group: str, default, help: str, choices: tuple | None = None):
     return dataclasses.field(default=default, metadata={"group": group, "help": help, "choices": choices})
 
@@ -55,50 +60,62 @@ def flag(group: str, default, help: str, choices: tuple | None = None):
 class Args:
     """The command line: one field a flag. None stands for a default that depends on --model (see DEFAULTS)."""
 
-    method: str = flag("what to run", "both", "distill with opd, with caopd, or with both from the same base", ("opd", "caopd", "both"))
-    task: str = flag("what to run", "arithmetic", "the questions and their verifier; mcq and tool need --train and --eval", data.TASKS)
-    model: str = flag("what to run", "", "a Hugging Face model directory, or a hub name; without it, the embedded world")
-    train: str = flag("what to run", "", "JSONL file to train on: `prompt`, `answer`, optionally `system`, `demo`, `grade`")
-    eval: str = flag("what to run", "", "JSONL file of held-out questions, in the same form")
-    out: str = flag("what to run", "", "directory for results, metrics and models (default out/toy, or out/TASK with --model)")
-    seed: int = flag("what to run", 0, "seed of everything random")
-    figure: bool = flag("what to run", False, "also draw OUT/reliability.png (needs matplotlib)")
+    method: str = flag(
+        RUN, "both", "distill with opd, with caopd, or with both from the same base", ("opd", "caopd", "both"))
+    task: str = flag(
+        RUN, "arithmetic", "the questions and their verifier; mcq and tool need --train and --eval", data.TASKS)
+    model: str = flag(RUN, "", "a Hugging Face model directory, or a hub name; without it, the embedded world")
+    train: str = flag(RUN, "", "JSONL file to train on: `prompt`, `answer`, optionally `system`, `demo`, `grade`")
+    eval: str = flag(RUN, "", "JSONL file of held-out questions, in the same form")
+    out: str = flag(RUN, "", "directory for results, metrics and models (default out/toy, or out/TASK with --model)")
+    seed: int = flag(RUN, 0, "seed of everything random")
+    figure: bool = flag(RUN, False, "also draw OUT/reliability.png (needs matplotlib)")
 
-    steps: int = flag("distillation", None, "updates of each method")
-    prompts: int = flag("distillation", None, "prompts x a step")
-    rollouts: int = flag("distillation", 8, "K, completions a prompt: the paper finds calibration wants K >= 8")
-    lr: float = flag("distillation", None, "AdamW's peak learning rate: 10%% warm-up, then cosine to zero")
-    divergence: str = flag("distillation", "reverse", "KL(student||teacher) as in Eq. 2, KL(teacher||student), or Jensen-Shannon", ("reverse", "forward", "jsd"))
-    teacher_rate: float = flag("distillation", None, "EMA rate of the teacher, a step: 0 is a frozen teacher, 1 the live student")
-    context: str = flag("distillation", "demo", "privileged context z: a demonstration (SDFT), or a correct rollout of the student (SDPO)", ("demo", "solution"))
-    skip_tokens: int = flag("distillation", 0, "leave the first tokens of each completion out of the loss (the paper: 3)")
-    clip: float = flag("distillation", 1.0, "largest gradient norm")
+    steps: int = flag(DISTILL, None, "updates of each method")
+    prompts: int = flag(DISTILL, None, "prompts x a step")
+    rollouts: int = flag(DISTILL, 8, "K, completions a prompt: the paper finds calibration wants K >= 8")
+    lr: float = flag(DISTILL, None, "AdamW's peak learning rate: 10%% warm-up, then cosine to zero")
+    divergence: str = flag(
+        DISTILL, "reverse", "KL(student||teacher) as in Eq. 2, KL(teacher||student), or Jensen-Shannon", ("reverse", "forward", "jsd"))
+    teacher_rate: float = flag(
+        DISTILL, None, "EMA rate of the teacher, a step: 0 is a frozen teacher, 1 the live student")
+    context: str = flag(
+        DISTILL, "demo", "privileged context z: a demonstration (SDFT), or a correct rollout of the student (SDPO)", ("demo", "solution"))
+    skip_tokens: int = flag(DISTILL, 0, "leave the first tokens of each completion out of the loss (the paper: 3)")
+    clip: float = flag(DISTILL, 1.0, "largest gradient norm")
 
-    max_prompt: int = flag("lengths and sampling", 1024, "longest prompt in tokens; a longer one is refused, never cut")
-    skip_long: bool = flag("lengths and sampling", False, "leave longer prompts out, counted, instead of refusing")
-    max_new_tokens: int = flag("lengths and sampling", None, "longest completion in tokens; one cut off here counts as wrong")
-    temperature: float = flag("lengths and sampling", 1.0, "sampling temperature of rollouts and evaluation")
+    max_prompt: int = flag(SAMPLE, 1024, "longest prompt in tokens; a longer one is refused, never cut")
+    skip_long: bool = flag(SAMPLE, False, "leave longer prompts out, counted, instead of refusing")
+    max_new_tokens: int = flag(SAMPLE, None, "longest completion in tokens; one cut off here counts as wrong")
+    temperature: float = flag(SAMPLE, 1.0, "sampling temperature of rollouts and evaluation")
 
-    sft_steps: int = flag("supervised stage (makes the base)", None, "updates that teach the format, the habit of high confidence, and how to follow a demonstration")
-    sft_documents: int = flag("supervised stage (makes the base)", None, "documents a step, half closed-book, half open-book")
-    sft_lr: float = flag("supervised stage (makes the base)", None, "peak learning rate")
-    sft_noise: float = flag("supervised stage (makes the base)", None, "share of wrong closed-book answers, so that the base knows better than it writes")
-    sft_answers: float = flag("supervised stage (makes the base)", None, "share of the updates, at the start, that teach answers alone, in documents that stop before the confidence")
-    width: int = flag("supervised stage (makes the base)", 128, "hidden size of the embedded world's transformer")
-    layers: int = flag("supervised stage (makes the base)", 3, "and how many layers it has")
+    sft_steps: int = flag(
+        BASE, None, "updates that teach the format, the habit of high confidence, and how to follow a demonstration")
+    sft_documents: int = flag(BASE, None, "documents a step, half closed-book, half open-book")
+    sft_lr: float = flag(BASE, None, "peak learning rate")
+    sft_noise: float = flag(
+        BASE, None, "share of wrong closed-book answers, so that the base knows better than it writes")
+    sft_answers: float = flag(
+        BASE, None, "share of the updates, at the start, that teach answers alone, in documents that stop before the confidence")
 
-    eval_questions: int = flag("evaluation", None, "most held-out questions to ask")
-    oracle: int = flag("evaluation", 0, "also estimate each held-out question's success rate mu(x) from N samples, and add what a confidence c = mu(x) would score")
-    device: str = flag("hardware", "auto", "cpu, cuda or cuda:i; auto takes a GPU where there is one")
-    dtype: str = flag("hardware", "auto", "auto is bfloat16 for --model where the hardware multiplies it natively, else float32", ("auto", "float32", "bfloat16"))
-    micro_tokens: int = flag("hardware", None, "tokens computed at once; lower it when memory runs out: the loss stays the same, samples are drawn in another order")
-    save_every: int = flag("hardware", 50, "steps between checkpoints; an interrupted run goes on from the last one")
+    width: int = flag(TOY, 128, "hidden size")
+    layers: int = flag(TOY, 3, "number of layers")
+
+    eval_questions: int = flag(EVAL, None, "most held-out questions to ask")
+    oracle: int = flag(
+        EVAL, 0, "also estimate each held-out question's success rate mu(x) from N samples, and add what a confidence c = mu(x) would score")
+    device: str = flag(HARDWARE, "auto", "cpu, cuda or cuda:i; auto takes a GPU where there is one")
+    dtype: str = flag(
+        HARDWARE, "auto", "auto is bfloat16 for --model where the hardware multiplies it natively, else float32", ("auto", "float32", "bfloat16"))
+    micro_tokens: int = flag(
+        HARDWARE, None, "tokens computed at once; lower it when memory runs out: the loss stays the same, samples are drawn in another order")
+    save_every: int = flag(HARDWARE, 50, "steps between checkpoints; an interrupted run goes on from the last one")
 
 
 DEFAULTS = {  # field: (embedded world, --model)
-    "steps": (160, 100), "prompts": (24, 32), "lr": (3e-4, 1e-5), "teacher_rate": (0.02, 0.01), "max_new_tokens": (16, 1024),
-    "sft_steps": (1200, 0), "sft_documents": (128, 32), "sft_lr": (3e-3, 2e-4), "sft_noise": (0.25, 0.2), "sft_answers": (0.6, 0.0),
-    "eval_questions": (2000, 500), "micro_tokens": (16384, 4096)}
+    "steps": (200, 100), "prompts": (24, 32), "lr": (4e-4, 1e-5), "teacher_rate": (0.02, 0.01),
+    "sft_steps": (900, 0), "sft_documents": (128, 32), "sft_lr": (3e-3, 2e-4), "sft_noise": (0.3, 0.2),
+    "sft_answers": (0.6, 0.0), "max_new_tokens": (16, 1024), "eval_questions": (2000, 500), "micro_tokens": (16384, 4096)}
 
 
 # ----------------------------------------------------------------------------- Algorithm 1, steps 1 and 2
@@ -131,7 +148,8 @@ def rollout(student: Transformer, tokenizer: Tokenizer, task: Task, examples: li
     """
     prompts = [tokenizer.chat(data.student_messages(example, task.wording)) for example in examples]
     groups = []
-    for batch in micro_batches([samples * (len(p) + args.max_new_tokens) for p in prompts], 4 * args.micro_tokens):  # keys and values alone are small
+    longest = [samples * (len(prompt) + args.max_new_tokens) for prompt in prompts]
+    for batch in micro_batches(longest, 4 * args.micro_tokens):  # sampling keeps keys and values alone, so more fits
         sampled = generate(student, [prompts[i] for i in batch], args.max_new_tokens, args.temperature,
                            eos_ids=tokenizer.eos_ids, num_samples=samples, generator=generator)
         for n, i in enumerate(batch):
@@ -199,8 +217,10 @@ def solution(group: Group, tokenizer: Tokenizer, completions: list[list[int]]) -
     return tokenizer.decode(completions[group.correct.index(True)]) if any(group.correct) else None
 
 
-def make_target(group: Group, tokenizer: Tokenizer, completions: list[list[int]], lengths: list[int], teacher: list[dict]) -> Target:
-    return Target(group.prompt, tokenizer.chat(teacher), completions, lengths, [not ended(tokenizer, y) for y in group.completions])
+def make_target(group: Group, tokenizer: Tokenizer, completions: list[list[int]], lengths: list[int],
+                teacher: list[dict]) -> Target:
+    cut_off = [not ended(tokenizer, y) for y in group.completions]
+    return Target(group.prompt, tokenizer.chat(teacher), completions, lengths, cut_off)
 
 
 TARGETS = {"opd": opd_target, "caopd": caopd_target}
@@ -379,10 +399,11 @@ def distill(base: Transformer, tokenizer: Tokenizer, task: Task, method: str, ar
 
         texts = [tokenizer.decode(y) for group in groups for y in group.completions]
         said = [c for text in texts if (c := data.parse_confidence(text)) is not None]
-        row = {"stage": method, "step": step, "loss": kl_answer + kl_confidence, "kl_answer": kl_answer, "kl_confidence": kl_confidence,
+        row = {"stage": method, "step": step,
+               "loss": kl_answer + kl_confidence, "kl_answer": kl_answer, "kl_confidence": kl_confidence,
                "accuracy": mean([g.mu_hat for g in groups]), "confidence": mean(said), "format": len(said) / len(texts),
-               "cut_off": mean([not ended(tokenizer, y) for g in groups for y in g.completions]), "skipped_prompts": len(groups) - len(targets),
-               "lr": lr, "grad_norm": norm, "seconds": time.perf_counter() - began}
+               "cut_off": mean([not ended(tokenizer, y) for g in groups for y in g.completions]),
+               "skipped_prompts": len(groups) - len(targets), "lr": lr, "grad_norm": norm, "seconds": time.perf_counter() - began}
         log.write(row)
         bar.set_postfix_str(f"accuracy {row['accuracy']:.2f}, says {row['confidence']:.2f}, KL {row['loss']:.3f}")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
@@ -391,26 +412,27 @@ def distill(base: Transformer, tokenizer: Tokenizer, task: Task, method: str, ar
     return student
 
 
-def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: Args, out: Path) -> Transformer:
-    """The supervised stage that makes the base model: cross-entropy on completions. Trains `model` in place and returns it.
+def documents(task: Task, args: Args, step: int) -> list[tuple[list[dict], str]]:
+    """The (messages, completion) pairs of a supervised step: answers alone at first, then half closed-book, half open-book."""
+    rng, examples = random.Random(f"{args.seed} documents {step}"), task.draw(args.sft_documents, "base", step)
+    if step < args.sft_answers * args.sft_steps:
+        return [data.answer_only(example, task.wording) for example in examples]
+    half = len(examples) // 2
+    return ([data.closed_book(example, task.wording, rng, args.sft_noise) for example in examples[:half]]
+            + [data.open_book(example, task.wording, rng) for example in examples[half:]])
 
-    First answers alone (a share --sft-answers of the updates), then documents with confidences, half closed-book and
-    half open-book (data.closed_book, data.open_book).
-    """
+
+def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: Args, out: Path) -> Transformer:
+    """The supervised stage that makes the base model: cross-entropy on completions. Trains `model` in place and returns it."""
     optimizer = Optimizer(model, args.sft_lr, args.sft_steps, args.clip, trapezoid)
     start = load_checkpoint(out / "base", optimizer, [], settings(args, "base"))
     log = Log(out / "metrics.jsonl", "base", start)
     bar = tqdm(range(start, args.sft_steps), initial=start, total=args.sft_steps, desc="  base", unit="step", dynamic_ncols=True)
     for step in bar:
-        began = time.perf_counter()
-        rng, examples = random.Random(f"{args.seed} documents {step}"), task.draw(args.sft_documents, "base", step)
-        if step < args.sft_answers * args.sft_steps:
-            documents = [data.answer_only(example, task.wording) for example in examples]
-        else:
-            documents = [data.closed_book(example, task.wording, rng, args.sft_noise) if i % 2 else data.open_book(example, task.wording, rng)
-                         for i, example in enumerate(examples)]
-        prompts = [tokenizer.chat(messages) for messages, _ in documents]
-        completions = [[tokenizer.encode(text) + ([] if text.endswith(data.UNFINISHED) else tokenizer.eos_ids[:1])] for _, text in documents]
+        began, pairs = time.perf_counter(), documents(task, args, step)
+        prompts = [tokenizer.chat(messages) for messages, _ in pairs]
+        completions = [[tokenizer.encode(text) + ([] if text.endswith(data.UNFINISHED) else tokenizer.eos_ids[:1])]
+                       for _, text in pairs]
         count, total = sum(len(ids) for group in completions for ids in group), 0.0
         for batch in micro_batches([len(p) + len(c[0]) for p, c in zip(prompts, completions)], args.micro_tokens):
             tree = Tree([prompts[i] for i in batch], [completions[i] for i in batch], model.device)
@@ -419,7 +441,8 @@ def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: Args, 
             optimizer.backward(loss)
             total += loss.item()
         lr, norm = optimizer.lr, optimizer.step()
-        log.write({"stage": "base", "step": step, "loss": total, "lr": lr, "grad_norm": norm, "seconds": time.perf_counter() - began})
+        log.write({"stage": "base", "step": step, "loss": total, "lr": lr, "grad_norm": norm,
+                   "seconds": time.perf_counter() - began})
         bar.set_postfix_str(f"cross-entropy {total:.3f}")
         if (step + 1) % (10 * args.save_every) == 0:
             save_checkpoint(out / "base", optimizer, [], settings(args, "base"))
@@ -435,9 +458,10 @@ def mean(values: list) -> float:
 
 def settings(args: Args, stage: str) -> dict:
     """What determines a stage's result: flags by name, and the contents of the training file."""
-    shared = ["task", "model", "train", "seed", "sft_steps", "sft_documents", "sft_lr", "sft_noise", "sft_answers", "clip", "width", "layers", "dtype"]
-    distilled = ["steps", "prompts", "rollouts", "lr", "divergence", "teacher_rate", "context", "skip_tokens", "max_prompt", "skip_long",
-                 "max_new_tokens", "temperature", "micro_tokens"]
+    shared = ["task", "model", "train", "seed", "sft_steps", "sft_documents", "sft_lr", "sft_noise", "sft_answers", "clip",
+              "width", "layers", "dtype"]
+    distilled = ["steps", "prompts", "rollouts", "lr", "divergence", "teacher_rate", "context", "skip_tokens", "max_prompt",
+                 "skip_long", "max_new_tokens", "temperature", "micro_tokens"]
     chosen = {name: getattr(args, name) for name in shared + (distilled if stage != "base" else [])}
     return chosen | {"stage": stage, "train_crc": zlib.crc32(Path(args.train).read_bytes()) if args.train else 0}
 
@@ -520,8 +544,9 @@ def calibration(confidence, correct, bins: int = 10) -> dict:
     Raises ValueError for arrays that are empty, of different lengths, or out of range.
     """
     c, r = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
-    if c.ndim != 1 or c.shape != r.shape or len(c) == 0 or not np.isin(r, (0, 1)).all() or (c < 0).any() or (c > 1).any() or bins < 1:
-        raise ValueError("calibration: needs two non-empty arrays of one length, confidences in [0, 1] or NaN, and correct in {0, 1}")
+    shaped = c.ndim == 1 and c.shape == r.shape and len(c) > 0 and bins > 0
+    if not shaped or not np.isin(r, (0, 1)).all() or (c < 0).any() or (c > 1).any():
+        raise ValueError("calibration: needs two non-empty arrays of one length, confidences in [0, 1] or NaN, correct in {0, 1}")
     accuracy, parsed = r.mean(), ~np.isnan(c)
     c, r = c[parsed], r[parsed]
     figures = {"accuracy": float(accuracy), "format": float(parsed.mean())}
@@ -562,12 +587,16 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, task: Task, args: Args, n
     confidence = np.array([math.nan if c is None else c for c in stated])
     correct = np.array([group.mu_hat for group in groups])
     grades = np.array([group.example.grade for group in groups])
-    by_grade = {str(grade): calibration(confidence[grades == grade], correct[grades == grade]) | {"count": int((grades == grade).sum())}
-                for grade in dict.fromkeys(grades)}
-    figures = calibration(confidence, correct) | {"questions": len(groups), "cut_off": mean([not ended(tokenizer, g.completions[0]) for g in groups]),
-                                                  "by_grade": by_grade, "reliability": reliability(confidence, correct)}
+    by_grade = {}
+    for grade in dict.fromkeys(grades):
+        its = grades == grade
+        by_grade[str(grade)] = calibration(confidence[its], correct[its]) | {"count": int(its.sum())}
+    figures = calibration(confidence, correct) | {
+        "questions": len(groups), "cut_off": mean([not ended(tokenizer, group.completions[0]) for group in groups]),
+        "by_grade": by_grade, "reliability": reliability(confidence, correct)}
     if args.oracle:
-        figures["oracle"] = oracle([g.mu_hat for g in ask(model, tokenizer, task, args.oracle, args, name)], correct, args.oracle)
+        mu = [group.mu_hat for group in ask(model, tokenizer, task, args.oracle, args, name)]
+        figures["oracle"] = oracle(mu, correct, args.oracle)
     return figures
 
 
@@ -584,7 +613,8 @@ def oracle(mu: list[float], correct: np.ndarray, samples: int) -> dict:
 # ----------------------------------------------------------------------------- what the user sees
 
 NAMES = {"base": "base", "opd": "OPD", "caopd": "CaOPD"}
-COLUMNS = {"accuracy": "accuracy", "mean_confidence": "mean conf.", "ocg": "OCG", "ece": "ECE", "brier": "Brier", "spr": "SPR", "format": "format"}
+COLUMNS = {"accuracy": "accuracy", "mean_confidence": "mean conf.", "ocg": "OCG", "ece": "ECE", "brier": "Brier", "spr": "SPR",
+           "format": "format"}
 
 
 def table(results: dict) -> str:
@@ -593,7 +623,8 @@ def table(results: dict) -> str:
     for name, row in results.items():
         for title, figures in ((NAMES[name], row), ("  oracle μ(x)", row.get("oracle"))):
             if figures:
-                lines.append(f"{title:14}" + "".join(f"{figures[key]:>+12.3f}" if key == "ocg" else f"{figures[key]:>12.3f}" for key in COLUMNS))
+                cells = (f"{figures[key]:>+12.3f}" if key == "ocg" else f"{figures[key]:>12.3f}" for key in COLUMNS)
+                lines.append(f"{title:14}" + "".join(cells))
     return "\n".join(lines)
 
 
@@ -631,9 +662,10 @@ def findings(results: dict) -> str:
         if name in results:
             row = results[name]
             gap = "more" if row["ocg"] > 0 else "less"
-            lines.append(f"{NAMES[name]} took accuracy from {base['accuracy']:.2f} to {row['accuracy']:.2f}. It says {row['mean_confidence']:.2f} on average, "
-                         f"{abs(row['ocg']):.2f} {gap} than it gets right (base: {base['ocg']:+.2f}); a right answer states a higher confidence "
-                         f"than a wrong one in {row['spr']:.0%} of pairs, and ECE is {row['ece']:.3f} (base: {base['ece']:.3f}).")
+            lines.append(f"{NAMES[name]} took accuracy from {base['accuracy']:.2f} to {row['accuracy']:.2f}. It says "
+                         f"{row['mean_confidence']:.2f} on average, {abs(row['ocg']):.2f} {gap} than it gets right "
+                         f"(base: {base['ocg']:+.2f}); a right answer states a higher confidence than a wrong one in "
+                         f"{row['spr']:.0%} of pairs, and ECE is {row['ece']:.3f} (base: {base['ece']:.3f}).")
     return "\n".join(lines)
 
 
@@ -651,7 +683,8 @@ def draw(results: dict, path: Path) -> None:
                  color=[plt.cm.Blues(0.25 + 0.7 * b["count"] / total) for _, b in filled], edgecolor="0.3", lw=0.6, zorder=2)
         axis.axvline(row["mean_confidence"], color="tab:red", lw=1.2, label="mean confidence")
         axis.axhline(row["accuracy"], color="tab:green", lw=1.2, label="accuracy")
-        axis.set(title=f"{NAMES[name]}\nECE {row['ece']:.3f}   OCG {row['ocg']:+.2f}   SPR {row['spr']:.2f}", xlabel="stated confidence", xlim=(0, 1), ylim=(0, 1))
+        axis.set(title=f"{NAMES[name]}\nECE {row['ece']:.3f}   OCG {row['ocg']:+.2f}   SPR {row['spr']:.2f}",
+                 xlabel="stated confidence", xlim=(0, 1.02), ylim=(0, 1.02))
         axis.title.set_fontsize(10)
     axes[0][0].set_ylabel("share correct")
     axes[0][0].legend(fontsize=8, loc="upper left")
@@ -697,7 +730,8 @@ def check(args: Args) -> None:
     def refuse(name: str, wish: str):
         raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: it should be {wish}")
 
-    for name in ("steps", "prompts", "rollouts", "max_prompt", "max_new_tokens", "sft_documents", "width", "layers", "eval_questions", "micro_tokens", "save_every"):
+    for name in ("steps", "prompts", "rollouts", "max_prompt", "max_new_tokens", "sft_documents", "width", "layers",
+                 "eval_questions", "micro_tokens", "save_every"):
         if getattr(args, name) < 1:
             refuse(name, "at least 1")
     for name in ("sft_steps", "skip_tokens"):
@@ -721,7 +755,8 @@ def check(args: Args) -> None:
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            raise UsageError("--figure needs matplotlib: pip install matplotlib, or leave the flag out (tables and text diagrams are printed anyway)") from None
+            raise UsageError("--figure needs matplotlib: pip install matplotlib, or leave the flag out "
+                             "(tables and text diagrams are printed anyway)") from None
 
 
 def pick_device(args: Args) -> torch.device:
@@ -755,7 +790,8 @@ def find_model(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:  # no network, no such model, no access, no huggingface_hub: the remedy is the same
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"--model {name}: not a directory, and not to be had from the hub ({reason}); download it elsewhere and pass its directory") from None
+        raise UsageError(f"--model {name}: not a directory, and not to be had from the hub ({reason}); "
+                         "download it elsewhere and pass its directory") from None
 
 
 def fitting(examples: list[Example], tokenizer: Tokenizer, wording: data.Wording, config: Config, args: Args) -> list[Example]:
@@ -794,9 +830,11 @@ def make_task(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
 
 def toy_config(args: Args, tokenizer: Tokenizer) -> Config:
     """The embedded world's transformer: a Qwen3 of about 0.6 M parameters at width 128."""
-    return Config(model_type="qwen3", vocab_size=tokenizer.backend.get_vocab_size(), hidden_size=args.width, intermediate_size=11 * args.width // 4,
-                  num_hidden_layers=args.layers, num_attention_heads=4, num_key_value_heads=4, head_dim=args.width // 4,
-                  max_position_embeddings=128, eos_token_id=tokenizer.eos_ids[0], pad_token_id=tokenizer.eos_ids[0], tie_word_embeddings=True)
+    end = tokenizer.eos_ids[0]
+    return Config(model_type="qwen3", vocab_size=tokenizer.backend.get_vocab_size(), hidden_size=args.width,
+                  intermediate_size=11 * args.width // 4, num_hidden_layers=args.layers, num_attention_heads=4,
+                  num_key_value_heads=4, head_dim=args.width // 4, max_position_embeddings=128, tie_word_embeddings=True,
+                  eos_token_id=end, pad_token_id=end)
 
 
 def starting_model(config: Config, args: Args, device: torch.device) -> Transformer:
@@ -836,7 +874,8 @@ def run(args: Args) -> dict:
     task = make_task(tokenizer, config, args)
     made, identity = out / "base" / "settings.json", json.dumps(settings(args, "base"), indent=2)
     reuse = args.sft_steps > 0 and made.exists() and made.read_text() == identity
-    base = Transformer.from_pretrained(out / "base", getattr(torch, args.dtype), device) if reuse else starting_model(config, args, device)
+    base = (Transformer.from_pretrained(out / "base", getattr(torch, args.dtype), device) if reuse
+            else starting_model(config, args, device))
     make_writable(out)
     if reuse:
         print(f"Reusing the base model in {out / 'base'}: it was made with the same settings.")
@@ -855,7 +894,8 @@ def run(args: Args) -> dict:
 
     print(f"\n{table(results)}\n\n{grade_table(results)}\n\n{diagram(results)}\n\n{findings(results)}")
     seconds = time.perf_counter() - began
-    (out / "results.tmp").write_text(to_json(results | {"settings": dataclasses.asdict(args), "seconds": seconds}, indent=2) + "\n")
+    everything = results | {"settings": dataclasses.asdict(args), "seconds": seconds}
+    (out / "results.tmp").write_text(to_json(everything, indent=2) + "\n")
     os.replace(out / "results.tmp", out / "results.json")
     for method in methods:
         (out / method / "checkpoint.safetensors").unlink(missing_ok=True)

@@ -223,7 +223,8 @@ class Tokenizer:
             raise DataError(f"{directory}: no tokenizer.json there; pass a Hugging Face model directory") from None
         except Exception as error:  # tokenizers raises plain Exception
             raise DataError(f"{directory / 'tokenizer.json'}: not a readable tokenizer ({error})") from None
-        config, generation, model = (read_object(directory / f"{name}.json") for name in ("tokenizer_config", "generation_config", "config"))
+        names = ("tokenizer_config", "generation_config", "config")
+        config, generation, model = (read_object(directory / f"{name}.json") for name in names)
         if (directory / "chat_template.jinja").exists():
             config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
         if "eos_token_id" in model:
@@ -278,7 +279,8 @@ def compile_template(source: str | list | None, origin: str):
     def raise_exception(message: str):
         raise jinja2.TemplateError(message)
 
-    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                           extensions=["jinja2.ext.loopcontrols"])
     sandbox.globals["raise_exception"] = raise_exception
     sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     try:
@@ -331,7 +333,8 @@ def parse_example(line: str, task: str, where: str) -> Example:
             raise DataError(f"{where}: `{field}` should be text, not {type(row[field]).__name__}")
     answer = str(row["answer"]).strip() if isinstance(row["answer"], (str, int)) else row["answer"]
     try:
-        example = Example(task, row["prompt"], answer, row.get("system", ""), row.get("demo") or demonstration(task, answer), row.get("grade", task), where)
+        demo = row.get("demo") or demonstration(task, answer)
+        example = Example(task, row["prompt"], answer, row.get("system", ""), demo, row.get("grade", task), where)
         verified = verify(example, example.demo) and not verify(example, "")
     except (TypeError, KeyError, AttributeError, IndexError, ValueError):  # an answer of another task's form
         verified = False
@@ -390,8 +393,10 @@ def arithmetic_task(seed: int, held_out: int, words: bool) -> Task:
     def questions(n: int, rng: random.Random, side: bool) -> list[Example]:
         return [arithmetic_question(grades[i % len(grades)], rng, side, words) for i in range(n)]
 
-    return Task(WORDS if words else SYMBOLS, lambda n, stage, step: questions(n, random.Random(f"{seed} {stage} {step}"), False),
-                questions(held_out, random.Random("held out"), True))
+    def draw(n: int, stage: str, step: int) -> list[Example]:
+        return questions(n, random.Random(f"{seed} {stage} {step}"), False)
+
+    return Task(WORDS if words else SYMBOLS, draw, questions(held_out, random.Random("held out"), True))
 
 
 def toy_tokenizer() -> Tokenizer:

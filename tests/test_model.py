@@ -274,3 +274,17 @@ def test_refuses_a_bad_index_and_other_dtypes(tmp_path):
     save_file({name: t.to(torch.float8_e4m3fn) for name, t in tensors.items()}, other / "model.safetensors")
     with pytest.raises(ModelError, match="F8_E4M3"):
         Transformer.from_pretrained(other)
+
+
+def test_loading_holds_the_weights_once(tmp_path):
+    """A load in a fresh process may grow by the file's size and a little, not by twice that."""
+    import subprocess
+    import sys
+    tiny(vocabulary=100_000, hidden_size=256, head_dim=64, tie_word_embeddings=True).save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    script = ("import resource, sys; from model import Transformer; import torch\n"
+              "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+              "model = Transformer.from_pretrained(sys.argv[1]); sum(float(p.sum()) for p in model.parameters())\n"
+              "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
+    grown = int(subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout)
+    assert grown * 1024 < 1.5 * size, (grown * 1024 / size)
