@@ -362,7 +362,7 @@ def listed_task(examples: list[Example], held_out: list[Example], seed: int) -> 
 # ----------------------------------------------------------------------------- the embedded world: small arithmetic
 
 GRADES = {f"{a}{op}{b}": (op, a, b) for op, a, b in  # digits of the operands: what makes a question hard
-          [("+", 1, 1), ("+", 2, 1), ("+", 2, 2), ("+", 3, 2), ("+", 3, 3), ("*", 1, 1), ("*", 2, 1), ("*", 2, 2)]}
+          [("+", 1, 1), ("+", 2, 1), ("+", 2, 2), ("+", 3, 3), ("*", 1, 1), ("*", 2, 1), ("*", 2, 2), ("*", 3, 2)]}
 
 
 def arithmetic_question(grade: str, rng: random.Random, held_out: bool, words: bool) -> Example:

@@ -107,5 +107,6 @@ if __name__ == "__main__":
         axes[1].plot(feedback("forward", 1.0), color="0.3", ls=":", label="forward, rate 1")
         axes[1].set(xlabel="update", title="student that teaches itself")
         for axis in axes:
-            axis.legend(fontsize=8)
+            axis.set_ylim(0, 1.9)
+            axis.legend(fontsize=8, ncols=2, loc="upper right")
         save()

@@ -62,5 +62,5 @@ if __name__ == "__main__":
         axes[0].axhline(helpful_mean(p, mu, mu), color="tab:green", lw=1, label="kept because it succeeded")
         axes[0].axhline((p * mu).sum(), color="0.5", ls="--", lw=1, label="no selection, E[μ_T]")
         axes[0].set(xlabel="strength of selection s", ylabel="implied confidence target", ylim=(0, 1.05))
-        axes[0].legend(fontsize=8)
+        axes[0].legend(fontsize=8, loc="lower right")
         save()
