@@ -6,6 +6,7 @@ The last difference is small, since confidence is a function of the prompt's loo
 small transformer: each model of `python caopd.py` answers questions it was distilled on, and held-out ones of the same grades.
 """
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from worlds import show
 
 def gap(directory: Path, grades: tuple[str, ...], questions: int = 2000) -> list[list]:
     """Rows (model, accuracy and confidence on trained and on held-out questions, OCG on both) for the models in `directory`."""
-    args = replace(caopd.parse_args(["--eval-questions", str(questions)]), dtype="float32")
+    made = json.loads((directory / "results.json").read_text())["settings"]
+    args = replace(caopd.parse_args([]), **made)
     tokenizer, task = data.toy_tokenizer(), data.arithmetic_task(args.seed, questions, words=False)
     trained = {e for step in range(args.steps) for e in task.draw(args.prompts, "distill", step) if e.grade in grades}
     sides = [sorted(trained, key=lambda e: e.question)[:questions], sorted({e for e in task.held_out if e.grade in grades}, key=lambda e: e.question)]
@@ -37,11 +39,12 @@ if __name__ == "__main__":
     directory = Path(sys.argv[1] if len(sys.argv) > 1 else "out/toy")
     header = ["", "accuracy, trained", "held out", "confidence, trained", "held out", "OCG, trained", "held out"]
     try:
-        for title, grades in (("1*1, 2*1: few questions, many of them memorized", ("1*1", "2*1")), ("2+2, 3+2, 3+3: more questions than anyone could memorize", ("2+2", "3+2", "3+3"))):
+        for title, grades in (("1*1, 2*1: few questions, many of them memorized", ("1*1", "2*1")),
+                              ("2+2, 3+3: more questions than anyone could memorize", ("2+2", "3+3"))):
             print(f"  {title}\n")
             show(header, gap(directory, grades))
             print()
-    except ModelError as error:
+    except (ModelError, OSError) as error:
         print(f"  {error}. Run `python caopd.py` first: this file looks at the models it leaves in out/toy (or in the directory given).", file=sys.stderr)
         sys.exit(2)
     print("  Where training questions are known by heart, the same stated confidence is honest on them and optimistic on new ones.")
