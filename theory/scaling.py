@@ -1,4 +1,4 @@
-"""The scaling law in miniature: accuracy grows with the network, OPD's confidence does not move, CaOPD's follows the diagonal.
+"""The scaling law in miniature: how accuracy and stated confidence move as the network grows.
 
 The world of `python caopd.py` with the network's width as the axis, a shorter schedule, three seeds. Finished cells are kept
 in out/scaling and an interrupted cell goes on from its checkpoint, so the command can be stopped and given again:
