@@ -821,11 +821,11 @@ def make_task(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
     if not args.train:
         task = data.arithmetic_task(args.seed, args.eval_questions, words=bool(args.model))
         return dataclasses.replace(task, held_out=fitting(task.held_out, tokenizer, task.wording, config, args))
-    train, held_out = (fitting(data.load_jsonl(path, args.task)[:most], tokenizer, data.WORDS, config, args)
-                       for path, most in ((args.train, None), (args.eval, args.eval_questions)))
+    train, held_out = (fitting(data.load_jsonl(path, args.task), tokenizer, data.WORDS, config, args)
+                       for path in (args.train, args.eval))
     if shared := len({e.question for e in train} & {e.question for e in held_out}):
         print(f"Note: {shared} held-out questions are also in {args.train}; figures on them are not held out.")
-    return data.listed_task(train, held_out, args.seed)
+    return data.listed_task(train, held_out[:args.eval_questions], args.seed)
 
 
 def toy_config(args: Args, tokenizer: Tokenizer) -> Config:

@@ -202,7 +202,8 @@ def test_binomial_and_its_mode(k, mu):
 
 
 def test_forward_kl_is_unbiased_and_reverse_kl_goes_to_the_mode():
-    for k, mu in product((1, 4, 8), (0.15, 0.4, 0.83)):
+    assert rollouts.student_confidence(4, 0.4, 600.0, "reverse") == pytest.approx(3 / 8)  # (K + 1)μ = 2: two modes, 1/4 and 2/4
+    for k, mu in product((1, 4, 8), (0.15, 0.42, 0.83)):
         assert rollouts.student_confidence(k, mu, 30.0, "forward") == pytest.approx(mu, abs=1e-6)
         assert rollouts.student_confidence(k, mu, 600.0, "reverse") == pytest.approx(rollouts.mode(k, mu), abs=1e-6)
     for kind in ("reverse", "forward"):  # the closed form is the minimum: descent on the expected divergence agrees

@@ -33,7 +33,8 @@ def student_confidence(rollouts: int, mu: float, sharpness: float, kind: str) ->
 
 
 def mode(rollouts: int, mu: float) -> float:
-    """The likeliest μ̂: ⌊(K + 1) μ⌋ / K. It is 0 below μ = 1/(K + 1) and 1 above K/(K + 1)."""
+    """The likeliest μ̂: ⌊(K + 1) μ⌋ / K (the level below is as likely where (K + 1) μ is whole). It is 0 below μ = 1/(K + 1)
+    and 1 above K/(K + 1)."""
     return min(int((rollouts + 1) * mu + 1e-12), rollouts) / rollouts
 
 
