@@ -387,7 +387,7 @@ def distill(base: Transformer, tokenizer: Tokenizer, task: Task, method: str, ar
         generator = seeded(args, "rollout", step, student.device)
         groups = rollout(student, tokenizer, task, task.draw(args.prompts, "distill", step), args.rollouts, args, generator)
         targets = [t for group in groups if (t := TARGETS[method](group, tokenizer, task, args)) is not None]
-        count = sum(int(mask.sum()) for mask in loss_masks(targets, args.skip_tokens, torch.device("cpu")))
+        count = max(1, sum(int(mask.sum()) for mask in loss_masks(targets, args.skip_tokens, torch.device("cpu"))))
         kl_answer = kl_confidence = 0.0
         for batch in micro_batches([target.tokens for target in targets], args.micro_tokens):
             losses = distillation_loss(student, teacher, [targets[i] for i in batch], args)

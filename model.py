@@ -320,10 +320,10 @@ def check_tensor(path: Path, name: str, stored, expected: dict[str, Tensor]) -> 
 # ----------------------------------------------------------------------------- who sees whom
 
 def padded_index(lengths: list[int], starts: list[int], device: torch.device) -> Tensor:
-    """Flat token index [B, max length] of the sequences at `starts`; padding points at the sequence's first token."""
+    """Flat token index [B, max length] of the sequences at `starts`; padding points at token 0, which is always there."""
     steps = torch.arange(max(lengths), device=device)
     lengths, starts = torch.tensor(lengths, device=device), torch.tensor(starts, device=device)
-    return starts[:, None] + steps * (steps < lengths[:, None])
+    return (starts[:, None] + steps) * (steps < lengths[:, None])
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:

@@ -326,10 +326,11 @@ def test_end_to_end_both_methods(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method, flags", [("opd", ["--divergence", "forward"]), ("caopd", ["--divergence", "jsd", "--context", "solution", "--skip-tokens", "2"]),
-                                           ("caopd", ["--dtype", "bfloat16", "--teacher-rate", "1"]), ("opd", ["--teacher-rate", "0", "--micro-tokens", "64"])])
+                                           ("caopd", ["--dtype", "bfloat16", "--teacher-rate", "1"]), ("opd", ["--teacher-rate", "0", "--micro-tokens", "64"]), ("opd", ["--skip-tokens", "99"])])
 def test_each_method_alone_and_its_variants(tmp_path, method, flags):
     results = run(tmp_path, "--method", method, *flags)
     assert set(results) == {"base", method, "settings", "seconds"} and len(list(tmp_path.glob("*/config.json"))) == 2
+    assert all(weight.isfinite().all() for weight in weights(tmp_path / method))  # also where no token is left in the loss
 
 
 @pytest.mark.parametrize("update", [3, 6, 9, 12])  # the run makes 6 updates of the base, 4 of OPD and 4 of CaOPD

@@ -117,6 +117,16 @@ def test_a_tree_gives_the_logits_and_gradients_of_separate_sequences(family):
     assert all(torch.allclose(p.grad, q.grad, atol=1e-9) for p, q in zip(a.parameters(), b.parameters()))
 
 
+@pytest.mark.parametrize("completions", [[[[5, 6, 7]], [[6, 2], [7]]], [[[5]], [[6, 2, 3], [7]]], [[[5]], [[6], [7, 1]]]])
+def test_a_tree_with_single_token_completions_anywhere(completions):
+    """A completion that is one end token has nothing to feed back: its row in the padded batch is empty."""
+    model, prompts = tiny(), [[1, 2], [3]]
+    tree = Tree(prompts, completions, CPU)
+    ours = model.logits(model.hidden(tree.input_ids, tree.positions, tree)[tree.predicts])
+    separate = [model(torch.tensor([p + c]))[0, len(p) - 1:-1] for p, group in zip(prompts, completions) for c in group]
+    assert torch.allclose(ours, torch.cat(separate), atol=1e-5)
+
+
 def test_a_tree_of_single_token_completions():
     model = tiny()
     tree = Tree([[1, 2], [3]], [[[5]], [[6], [7]]], CPU)
