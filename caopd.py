@@ -892,11 +892,11 @@ def run(args: Args) -> dict:
         save(student, tokenizer, out / method)
         results[method] = evaluate(student, tokenizer, task, args, method)
 
-    print(f"\n{table(results)}\n\n{grade_table(results)}\n\n{diagram(results)}\n\n{findings(results)}")
     seconds = time.perf_counter() - began
     everything = results | {"settings": dataclasses.asdict(args), "seconds": seconds}
     (out / "results.tmp").write_text(to_json(everything, indent=2) + "\n")
     os.replace(out / "results.tmp", out / "results.json")
+    print(f"\n{table(results)}\n\n{grade_table(results)}\n\n{diagram(results)}\n\n{findings(results)}")
     for method in methods:
         (out / method / "checkpoint.safetensors").unlink(missing_ok=True)
     (out / "base" / "checkpoint.safetensors").unlink(missing_ok=True)

@@ -358,6 +358,13 @@ def test_a_crash_at_any_moment_resumes_to_the_same_result(tmp_path, monkeypatch,
     assert steps[0] == steps[1]
 
 
+def test_the_oracle_row(tmp_path, capsys):
+    results = run(tmp_path, "--method", "caopd", "--oracle", "4")
+    assert capsys.readouterr().out.count("oracle μ(x)") == 2
+    for name in ("base", "caopd"):
+        assert 0 <= results[name]["oracle"]["brier"] <= 0.25 * 4 / 3 and results[name]["oracle"]["accuracy"] == results[name]["accuracy"]
+
+
 def test_the_supervised_documents_teach_answers_first_and_then_every_grade_with_and_without_a_demonstration():
     args, task = parse_args(["--sft-steps", "10", "--sft-answers", "0.5", "--sft-documents", "32"]), data.arithmetic_task(0, 8, words=False)
     early, late = caopd.documents(task, args, 4), [pair for step in (5, 6) for pair in caopd.documents(task, args, step)]
