@@ -1,17 +1,20 @@
 """A decoder-only transformer, its key-value cache and its sampler, from scratch.
 
-Reads and writes Hugging Face directories (config.json and *.safetensors) of three families:
+Reads and writes Hugging Face directories (config.json and *.safetensors) of four families:
 
-    llama    Llama 2 and 3, SmolLM2 (llama3 rope scaling included)
+    llama    Llama 2 and 3, SmolLM2 (llama3 and yarn rope scaling included)
     qwen2    Qwen2, Qwen2.5         the same, with a bias on the q, k and v projections
     qwen3    Qwen3                  the same, with an RMSNorm on the heads of q and k
+    olmo3    OLMo 3                 RMSNorm on all of q and k, and on what attention and MLP put out instead of
+                                    what they take in; three layers of four look back over a sliding window
 
 One idea shapes the file. Everything but attention treats tokens one at a time, so the tokens of all
 sequences lie end to end in one flat list [T], without padding, and a small object knows which token sees which:
 
     Packed   several sequences side by side: the plain forward pass and the sampler's prefill
     Tree     several completions that branch off one prompt: the prompt is computed once for all of them
-    Decode   one new token for each running sequence, looking back into a preallocated cache
+    Decode   one new token for each running sequence, looking back at its prompt's keys, which it shares with
+             the prompt's other samples, and at its own, in a preallocated cache
 
 Shapes: T tokens, B prompts, N completions, L layers, H heads, G key-value heads, D hidden size, d head size, V vocabulary.
 """
@@ -19,7 +22,8 @@ Shapes: T tokens, B prompts, N completions, L layers, H heads, G key-value heads
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -29,6 +33,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class ModelError(ValueError):
@@ -37,7 +42,9 @@ class ModelError(ValueError):
 
 # ----------------------------------------------------------------------------- configuration
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+                 "olmo3": "Olmo3ForCausalLM"}
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @dataclass
@@ -55,7 +62,9 @@ class Config:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # None, or the parameters of {"rope_type": "llama3"}
+    rope_scaling: dict | None = None  # None, or the parameters of {"rope_type": "llama3"} or {"rope_type": "yarn"}
+    sliding_window: int | None = None  # olmo3: how many tokens a sliding layer sees, itself included
+    layer_types: list[str] | None = None  # olmo3: "sliding_attention" or "full_attention" for each layer
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -74,9 +83,11 @@ class Config:
                              f"supported are {', '.join(ARCHITECTURES)}")
         refuse_variants(path, raw)
         theta, scaling = rope_parameters(path, raw)
-        heads = raw.get("num_attention_heads")
+        heads, olmo = raw.get("num_attention_heads"), raw["model_type"] == "olmo3"
         derived = {"rope_theta": theta, "rope_scaling": scaling, "num_key_value_heads": raw.get("num_key_value_heads") or heads,
-                   "head_dim": raw.get("head_dim") or (raw.get("hidden_size") or 0) // (heads or 1)}
+                   "head_dim": raw.get("head_dim") or (raw.get("hidden_size") or 0) // (heads or 1),
+                   "sliding_window": raw.get("sliding_window") if olmo else None,
+                   "layer_types": raw.get("layer_types") if olmo else None}
         fields = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None} | derived
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim"):
@@ -85,12 +96,26 @@ class Config:
         if heads % fields["num_key_value_heads"] or fields["head_dim"] % 2:
             raise ModelError(f"{path}: {heads} heads of size {fields['head_dim']} cannot share "
                              f"{fields['num_key_value_heads']} key-value heads")
+        if olmo and not (isinstance(fields["sliding_window"], int) and fields["sliding_window"] > 0
+                         and isinstance(fields["layer_types"], list) and len(fields["layer_types"]) == fields["num_hidden_layers"]
+                         and set(fields["layer_types"]) <= {SLIDING, FULL}):
+            raise ModelError(f"{path}: olmo3 needs a sliding_window and layer_types, {SLIDING!r} or {FULL!r} for each layer")
         return cls(**fields)
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens the layer sees, itself included; None where it sees all."""
+        return self.sliding_window if self.layer_types and self.layer_types[layer] == SLIDING else None
 
     def to_dict(self) -> dict:
         """The config.json that the reference library reads back as the same network."""
-        return asdict(self) | {"architectures": [ARCHITECTURES[self.model_type]], "hidden_act": "silu",
-                               "attention_bias": False, "use_sliding_window": False}
+        raw = asdict(self)
+        if self.layer_types:  # the newer spelling as well: with the older alone, transformers 5.23 forgets the sliding layers' theta
+            plain = {"rope_type": "default", "rope_theta": self.rope_theta}
+            raw["rope_parameters"] = {FULL: plain | (self.rope_scaling or {}), SLIDING: plain}
+        else:
+            del raw["sliding_window"], raw["layer_types"]
+        return raw | {"architectures": [ARCHITECTURES[self.model_type]], "hidden_act": "silu",
+                      "attention_bias": False, "use_sliding_window": False}
 
 
 def read_json(path: Path) -> dict:
@@ -107,39 +132,71 @@ def read_json(path: Path) -> dict:
 
 def refuse_variants(path: Path, raw: dict) -> None:
     """Refuses options of the known families that would change the network silently."""
-    layers = set(raw.get("layer_types") or ["full_attention"])
+    layers = {FULL} if raw["model_type"] == "olmo3" else set(raw.get("layer_types") or [FULL])
     for name, refused in {"hidden_act": raw.get("hidden_act", "silu") != "silu", "attention_bias": raw.get("attention_bias"),
                           "mlp_bias": raw.get("mlp_bias"), "use_sliding_window": raw.get("use_sliding_window"),
-                          "quantization_config": raw.get("quantization_config"), "layer_types": layers != {"full_attention"},
+                          "quantization_config": raw.get("quantization_config"), "layer_types": layers != {FULL},
                           "partial_rotary_factor": raw.get("partial_rotary_factor", 1) != 1}.items():
         if refused:
             raise ModelError(f"{path}: {name} = {raw[name]!r} is not supported")
 
 
+ROPE = {"llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+        "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "original_max_position_embeddings"}}
+
+
 def rope_parameters(path: Path, raw: dict) -> tuple[float, dict | None]:
-    """(theta, scaling), from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before it)."""
+    """(theta, scaling), from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before it).
+
+    Sliding layers are never scaled, so of olmo3's two sets of parameters the full layers' says all.
+    """
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0)) if isinstance(rope, dict) else None
-    if kind == "default" and isinstance(theta, (int, float)) and theta > 0 and rope.get("partial_rotary_factor", 1) == 1:
-        return float(theta), None
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if kind == "llama3" and isinstance(theta, (int, float)) and all(isinstance(rope.get(n), (int, float)) for n in names):
-        return float(theta), {"rope_type": "llama3"} | {n: rope[n] for n in names}
-    raise ModelError(f"{path}: rotary embedding {rope!r} is not supported; 'default' and a complete 'llama3' are")
+    sliding = rope.get(SLIDING, {}) if isinstance(rope, dict) else {}
+    rope = rope.get(FULL, rope) if isinstance(rope, dict) else rope
+    refusal = ModelError(f"{path}: rotary embedding {rope!r} is not supported; 'default' and complete 'llama3' and 'yarn' are")
+    if not isinstance(rope, dict) or rope.get("partial_rotary_factor", 1) != 1:
+        raise refusal
+    kind, theta = rope.get("rope_type", rope.get("type", "default")), rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    values = {name: rope[name] for name in ROPE.get(kind, ()) if rope.get(name) is not None}
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | ROPE.get(kind, rope.keys())
+    if kind == "yarn":
+        values = {"attention_factor": 0.1 * math.log(max(1, rope.get("factor") or 1)) + 1, "beta_fast": 32, "beta_slow": 1} | values
+    numbers = all(isinstance(value, (int, float)) and value > 0 for value in (theta, *values.values()))
+    if kind not in ("default", *ROPE) or not numbers or values.keys() != ROPE.get(kind, set()) or rope.keys() - known \
+            or sliding.get("rope_type", "default") != "default" or sliding.get("rope_theta", theta) != theta:
+        raise refusal
+    return float(theta), {"rope_type": kind} | values if values else None
 
 
 # ----------------------------------------------------------------------------- the network
 
 def rope_frequencies(config: Config, device: torch.device) -> Tensor:
-    """Rotation speed of each pair of dimensions, [d/2]; with llama3 scaling the slow ones are slowed down further."""
-    speed = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim)
+    """Rotation speed of each pair of dimensions, [d/2]: θ^(−2i/d), where scaling slows the slow ones down by `factor`."""
+    pair = torch.arange(config.head_dim // 2, device=device, dtype=torch.float32)
+    speed = config.rope_theta ** (-2 * pair / config.head_dim)
     if config.rope_scaling is None:
         return speed
     s = config.rope_scaling
-    turns = s["original_max_position_embeddings"] * speed / (2 * math.pi)  # full turns within the original context
-    keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+    if s["rope_type"] == "llama3":  # keep: 1 for pairs that turn often within the original context, 0 for those that hardly do
+        turns = s["original_max_position_embeddings"] * speed / (2 * math.pi)
+        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+    else:  # yarn: the same idea, linear in the pair's index between the pairs that turn beta_fast and beta_slow times
+        def index(turns: float) -> float:
+            return config.head_dim * math.log(s["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        low, high = max(math.floor(index(s["beta_fast"])), 0), min(math.ceil(index(s["beta_slow"])), config.head_dim - 1)
+        keep = 1 - ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
     return keep * speed + (1 - keep) * speed / s["factor"]
+
+
+def rope_tables(config: Config, positions: Tensor, dtype: torch.dtype) -> dict[bool, tuple[Tensor, Tensor]]:
+    """cos and sin [T, 1, d] of positions [T]: for layers that see everything, and unscaled for sliding layers (key True)."""
+    tables = {}
+    for sliding in {config.window(layer) is not None for layer in range(config.num_hidden_layers)}:
+        scaled = replace(config, rope_scaling=None) if sliding else config
+        angle = torch.outer(positions.float(), rope_frequencies(scaled, positions.device)).repeat(1, 2)[:, None]
+        factor = (scaled.rope_scaling or {}).get("attention_factor", 1.0)  # yarn's own, on both q and k
+        tables[sliding] = (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+    return tables
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -170,14 +227,22 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
-        if config.model_type == "qwen3":
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        per_head = config.model_type == "qwen3"
+        if per_head or config.model_type == "olmo3":
+            self.q_norm = RMSNorm(config.head_dim if per_head else queries, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim if per_head else keys, config.rms_norm_eps)
+
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """RMSNorm over each head of q [T, H, d] and k [T, G, d] (qwen3), over all of them together (olmo3), or none."""
+        if not hasattr(self, "q_norm"):
+            return q, k
+        if self.q_norm.weight.numel() == self.head_dim:
+            return self.q_norm(q), self.k_norm(k)
+        return self.q_norm(q.flatten(1)).view_as(q), self.k_norm(k.flatten(1)).view_as(k)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.normed(q, k)
         out = attend(rotate(q, *rope), rotate(k, *rope), v)  # [T, H, d] from [T, H, d], [T, G, d], [T, G, d]
         return self.o_proj(out.flatten(1))
 
@@ -194,20 +259,32 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); in olmo3 x + norm(attention(x)), then x + norm(mlp(x))."""
+
     def __init__(self, config: Config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.norm_first = config.model_type != "olmo3"
+        self.self_attn, self.mlp = Attention(config), MLP(config)
+        names = (("input_layernorm", "post_attention_layernorm") if self.norm_first
+                 else ("post_attention_layernorm", "post_feedforward_layernorm"))
+        for name in names:
+            setattr(self, name, RMSNorm(config.hidden_size, config.rms_norm_eps))
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if self.norm_first:
+            x = x + self.self_attn(self.input_layernorm(x), rope, attend)
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_attention_layernorm(self.self_attn(x, rope, attend))
+        return x + self.post_feedforward_layernorm(self.mlp(x))
 
 
 class Transformer(nn.Module):
-    """Embedding, layers, norm and head; module names are Hugging Face's, so the state dict is the file format."""
+    """Embedding, layers, norm and head; module names are Hugging Face's, so the state dict is the file format.
+
+    recompute: in training, keep each layer's input alone and compute the layer again for its backward pass.
+    """
+
+    recompute = False
 
     def __init__(self, config: Config):
         super().__init__()
@@ -232,10 +309,11 @@ class Transformer(nn.Module):
     def hidden(self, input_ids: Tensor, positions: Tensor, attend) -> Tensor:
         """Final hidden states [T, D] of the flat tokens input_ids [T] at positions [T]; `attend` is the file's one idea."""
         x = self.model.embed_tokens(input_ids)
-        angle = torch.outer(positions.float(), rope_frequencies(self.config, positions.device)).repeat(1, 2)[:, None]
-        rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # [T, 1, d]
+        rope = rope_tables(self.config, positions, x.dtype)
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, rope, partial(attend, i))
+            window = self.config.window(i)
+            inputs = x, rope[window is not None], partial(attend, i, window)
+            x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else layer(*inputs)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -342,6 +420,21 @@ def unpadded(lengths: list[int], device: torch.device) -> Tensor:
     return torch.tensor([row * width + t for row, n in enumerate(lengths) for t in range(n)], device=device)
 
 
+NEVER = torch.iinfo(torch.long).max  # the position of padding among the keys: later than every query
+
+
+def key_positions(lengths: Tensor, width: int, own: int) -> Tensor:
+    """Positions [N, width + own] of the keys a row sees: its prompt's, of `lengths` [N], then its own, which follow them."""
+    prompt, later = torch.arange(width, device=lengths.device), torch.arange(own, device=lengths.device)
+    return torch.cat([torch.where(prompt < lengths[:, None], prompt, NEVER), lengths[:, None] + later], dim=1)
+
+
+def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Which keys at positions [N, S] the queries at positions [N, Q] see: the past, or a window of it. Bool [N, Q, S]."""
+    age = queries[:, :, None] - keys[:, None]
+    return age >= 0 if window is None else (age >= 0) & (age < window)
+
+
 class Packed:
     """Causal attention within each of several sequences that lie end to end. `keep=True` keeps keys and values."""
 
@@ -351,12 +444,16 @@ class Packed:
         self.positions = torch.tensor([t for n in lengths for t in range(n)], device=device)  # [T]
         self.kept = [] if keep else None  # per layer: keys, values [B, G, P, d]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (gather(x, self.index) for x in (q, k, v))
         if self.kept is not None:
             self.kept.append((k, v))
+        mask, steps = None, torch.arange(self.index.shape[1], device=q.device)[None]
+        if window is not None and window < steps.shape[1]:
+            mask = visible(steps, steps, window)
         # padding stands on the right, where causal attention never looks
-        return scatter(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), self.flat)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return scatter(out, self.flat)
 
 
 class Tree:
@@ -388,54 +485,119 @@ class Tree:
         if self.branch is not None:
             self.owner = torch.tensor(owner, device=device)
             self.flat = unpadded(widths, device)
-            width = self.branch.shape[1]
-            seen = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]  # [B, P]
-            causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-            self.mask = torch.cat([seen[self.owner, None, None].expand(-1, 1, width, -1),
-                                   causal.expand(len(inputs), 1, -1, -1)], dim=-1)  # [N, 1, C, P + C]
+            width, length = self.branch.shape[1], torch.tensor(lengths, device=device)[self.owner]  # C, [N]
+            self.queries = length[:, None] + torch.arange(width, device=device)  # [N, C]
+            self.keys = key_positions(length, max(lengths), width)  # [N, P + C]
+            self.mask = visible(self.queries, self.keys, None)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        prompt = self.prompts(layer, q[:self.tokens], k[:self.tokens], v[:self.tokens])
+    def __call__(self, layer: int, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        prompt = self.prompts(layer, window, q[:self.tokens], k[:self.tokens], v[:self.tokens])
         if self.branch is None:
             return prompt
         shared = self.prompts.index[self.owner]  # [N, P]: gathering repeats the keys, and sums their gradients
         index = torch.cat([shared, self.branch], dim=1)  # [N, P + C]
-        out = F.scaled_dot_product_attention(gather(q, self.branch), gather(k, index), gather(v, index),
-                                             attn_mask=self.mask, enable_gqa=True)
-        return torch.cat([prompt, scatter(out, self.flat)])
+        mask = self.mask if window is None else visible(self.queries, self.keys, window)
+        # the heads that share keys stand below each other as more queries, which every kernel knows how to do
+        heads, repeat = q.shape[1], q.shape[1] // k.shape[1]
+        queries = gather(q, self.branch).unflatten(1, (-1, repeat)).flatten(2, 3)  # [N, G, H/G · C, d]
+        out = F.scaled_dot_product_attention(queries, gather(k, index), gather(v, index),
+                                             attn_mask=mask.repeat(1, repeat, 1)[:, None])
+        return torch.cat([prompt, scatter(out.view(len(mask), heads, *mask.shape[1:2], -1), self.flat)])
 
 
 class Decode:
-    """The cache of the sampler: room for every future token is taken once, and finished rows are dropped."""
+    """The cache of the sampler: a prompt's keys once for all its samples, and room for every token to come.
+
+    Each row's attention is a softmax over two products: with the keys of its prompt, computed for all its samples at
+    once, and with its own. Finished rows are dropped, and so are prompts without a row.
+    """
 
     def __init__(self, prefill: Packed, lengths: list[int], samples: int, room: int):
-        rows = torch.arange(len(lengths), device=prefill.index.device).repeat_interleave(samples)
-        self.keys = [F.pad(keys[rows], (0, 0, 0, room)) for keys, _ in prefill.kept]  # L x [N, G, P + room, d]
-        self.values = [F.pad(values[rows], (0, 0, 0, room)) for _, values in prefill.kept]
-        self.slot = prefill.index.shape[1]  # where the next token's keys go, the same for every row
-        self.positions = torch.tensor(lengths, device=rows.device)[rows]  # its position, which is not
-        self.visible = torch.arange(self.slot + room, device=rows.device) < self.positions[:, None]  # [N, P + room]
+        device = prefill.index.device
+        self.prompt, prefill.kept = prefill.kept, []  # L x (keys, values) [B, G, P, d]
+        rows, (_, heads, width, size) = len(lengths) * samples, self.prompt[0][0].shape
+        self.own = [tuple(x.new_zeros(rows, heads, room, size) for x in pair) for pair in self.prompt]  # L x 2 x [N, G, room, d]
+        self.owner = torch.arange(len(lengths), device=device).repeat_interleave(samples)  # [N]: the prompt of each row
+        self.positions = torch.tensor(lengths, device=device)[self.owner]  # [N]: of the token that comes next
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)  # where its keys go, the same for every row
+        self.keys = key_positions(self.positions, width, room)  # [N, P + room]
+        self.used, self.end, self.step = 0, 0, None
+        self.group_rows()
+
+    def group_rows(self) -> None:
+        """Where each prompt's rows stand, and back: index [B, K] and flat [N], padded like the sequences of Packed."""
+        counts = self.owner.bincount().tolist()
+        self.index = padded_index(counts, list(accumulate(counts, initial=0))[:-1], self.owner.device)
+        self.flat = unpadded(counts, self.owner.device)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops every row but `rows` [N'], layer by layer, so that only one layer is ever held twice."""
+        prompts, self.owner = self.owner[rows].unique(return_inverse=True)
+        for layer, (prompt, own) in enumerate(zip(self.prompt, self.own)):
+            self.own[layer] = tuple(x[rows] for x in own)
+            if len(prompts) < len(prompt[0]):
+                self.prompt[layer] = tuple(x[prompts] for x in prompt)
+        self.positions, self.keys, self.step = self.positions[rows], self.keys[rows], None
+        self.group_rows()
 
     def advance(self, model: Transformer, tokens: Tensor) -> Tensor:
         """Appends tokens [N]; returns the logits [N, V] of their successors."""
-        self.visible[:, self.slot] = True
-        hidden = model.hidden(tokens, self.positions, self)
-        self.slot, self.positions = self.slot + 1, self.positions + 1
-        return model.logits(hidden)
+        end = min(self.own[0][0].shape[2], (self.used // STEPS + 1) * STEPS)  # shapes stay the same for STEPS tokens
+        if self.step is None or end != self.end:
+            self.end = end
+            self.step = recorded(lambda tokens: model.logits(model.hidden(tokens, self.positions, self)), tokens)
+        logits = self.step(tokens)
+        self.used += 1
+        self.slot.add_(1), self.positions.add_(1)
+        return logits
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values, end = self.keys[layer], self.values[layer], self.slot + 1
-        keys[:, :, self.slot], values[:, :, self.slot] = k, v
-        out = F.scaled_dot_product_attention(q[:, :, None], keys[:, :, :end], values[:, :, :end],
-                                             attn_mask=self.visible[:, None, None, :end], enable_gqa=True)  # [N, H, 1, d]
-        return out[:, :, 0]
+    def __call__(self, layer: int, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (prompt_keys, prompt_values), (keys, values) = self.prompt[layer], self.own[layer]
+        keys.index_copy_(2, self.slot, k[:, :, None])
+        values.index_copy_(2, self.slot, v[:, :, None])
+        keys, values, width, repeat = keys[:, :, :self.end], values[:, :, :self.end], prompt_keys.shape[2], q.shape[1] // k.shape[1]
+        q = q.unflatten(1, (-1, repeat)) / q.shape[-1] ** 0.5  # [N, G, R, d], R = H/G queries to a key
+        scores = torch.cat([self.ungroup(self.group(q) @ prompt_keys.mT, repeat), q @ keys.mT], dim=-1)  # [N, G, R, P + C]
+        seen = visible(self.positions[:, None], self.keys[:, :width + self.end], window)[:, None]  # [N, 1, 1, P + C]
+        weights = scores.masked_fill_(~seen, -torch.inf).softmax(-1)
+        out = self.ungroup(self.group(weights[..., :width]) @ prompt_values, repeat) + weights[..., width:] @ values
+        return out.flatten(1, 2)  # [N, H, d]
 
-    def keep(self, rows: Tensor) -> None:
-        """Drops every row but `rows`, layer by layer, so that only one layer is ever held twice."""
-        for cache in (self.keys, self.values):
-            for layer in range(len(cache)):
-                cache[layer] = cache[layer][rows]
-        self.positions, self.visible = self.positions[rows], self.visible[rows]
+    def group(self, x: Tensor) -> Tensor:
+        """[N, G, R, d] -> [B, G, K · R, d]: the rows of a prompt together."""
+        return gather(x.flatten(2), self.index).unflatten(3, x.shape[2:]).flatten(2, 3)
+
+    def ungroup(self, x: Tensor, repeat: int) -> Tensor:
+        """[B, G, K · R, d] -> [N, G, R, d]."""
+        return scatter(x.unflatten(2, (-1, repeat)).flatten(3), self.flat).unflatten(2, (repeat, -1))
+
+STEPS = 32
+
+
+def recorded(step, tokens: Tensor):
+    """The function step(tokens) as a CUDA graph: its kernels are so short that launching them one by one costs more than they do.
+
+    Where there is no GPU, or the graph cannot be recorded, the function itself.
+    """
+    if not tokens.is_cuda:
+        return step
+    fixed, side, graph = tokens.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    try:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step(fixed)  # the libraries set themselves up on the first call; it writes to the slot that the graph writes again
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            out = step(fixed)
+    except RuntimeError as error:
+        warnings.warn(f"no CUDA graph for the sampler ({str(error).splitlines()[0]}): it decodes kernel by kernel")
+        return step
+
+    def replay(tokens: Tensor) -> Tensor:
+        fixed.copy_(tokens)
+        graph.replay()
+        return out
+    return replay
 
 
 # ----------------------------------------------------------------------------- the sampler
@@ -478,7 +640,6 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     last = torch.tensor(lengths, device=model.device).cumsum(0) - 1
     logits = model.logits(hidden[last]).repeat_interleave(num_samples, dim=0)  # [N, V]
     cache = Decode(prefill, lengths, num_samples, max_new_tokens)
-    prefill.kept.clear()
 
     out = torch.zeros(len(logits), max_new_tokens, dtype=torch.long, device=model.device)
     count = torch.full((len(logits),), max_new_tokens, device=model.device)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from model import Config, ModelError, Transformer, Tree, generate
 
 GOLDEN = Path(__file__).parent / "golden"
-FAMILIES = ("llama", "llama3", "qwen2", "qwen3")
+FAMILIES = ("llama", "llama3", "qwen2", "qwen3", "olmo3")
 CPU = torch.device("cpu")
 
 
@@ -46,6 +46,7 @@ def test_both_spellings_of_the_rotary_parameters(name, tmp_path):
     shutil.copytree(GOLDEN / name, tmp_path / "m")
     config = json.loads((tmp_path / "m/config.json").read_text())
     rope = config.pop("rope_parameters")
+    rope = rope.get("full_attention", rope)  # olmo3 keeps two sets; its sliding layers are never scaled
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = None if rope == {"rope_type": "default"} else {"type" if k == "rope_type" else k: v for k, v in rope.items()}
     (tmp_path / "m/config.json").write_text(json.dumps(config))
@@ -91,6 +92,9 @@ def test_the_reference_library_loads_what_we_save(name, tmp_path):
 
 # ----------------------------------------------------------------------------- one pass per prompt
 
+KINDS = [dict(model_type="llama"), dict(model_type="qwen2"), dict(model_type="qwen3"),
+         dict(model_type="olmo3", sliding_window=3, layer_types=["sliding_attention", "full_attention"])]
+
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
 COMPLETIONS = [[[1, 2], [3]], [[4, 5, 6, 7], [8, 9]], [[2], [10, 3, 1]]]
 
@@ -106,9 +110,11 @@ def shared(model: Transformer) -> torch.Tensor:
     return model.logits(model.hidden(tree.input_ids, tree.positions, tree)[tree.predicts])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_a_tree_gives_the_logits_and_gradients_of_separate_sequences(family):
-    a, b = tiny(model_type=family).double(), tiny(model_type=family).double()
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("changes", KINDS, ids=lambda changes: changes["model_type"])
+def test_a_tree_gives_the_logits_and_gradients_of_separate_sequences(changes, recompute):
+    a, b = tiny(**changes).double(), tiny(**changes).double()
+    b.recompute = recompute
     weights = torch.randn(len(Tree(PROMPTS, COMPLETIONS, CPU).targets), 11, dtype=torch.double)
     out_a, out_b = plain(a), shared(b)
     assert torch.allclose(out_a, out_b, atol=1e-10)
@@ -147,15 +153,34 @@ def greedy_by_forward(model: Transformer, prompt: list[int], steps: int, eos: tu
     return ids[len(prompt):]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_cached_decoding_equals_the_full_forward_pass(seed):
-    model = tiny(seed).double()
+@pytest.mark.parametrize("changes", KINDS, ids=lambda changes: changes["model_type"])
+@pytest.mark.parametrize("seed", range(3))
+def test_cached_decoding_equals_the_full_forward_pass(seed, changes, monkeypatch):
+    monkeypatch.setattr("model.STEPS", 7)  # the room that a step looks at grows on the way
+    model = tiny(seed, **changes).double()
     rng = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(0, 11, (int(n),), generator=rng).tolist() for n in torch.randint(1, 30, (9,), generator=rng)]
-    eos = (0, 1)  # rows end at different steps, so the cache is compacted on the way
+    eos = (0, 1, 2)  # rows end at different steps, so the cache is compacted on the way
     expected = [greedy_by_forward(model, p, 25, eos) for p in prompts]
     assert generate(model, prompts, 25, temperature=0, eos_ids=eos) == expected
-    assert len({len(e) for e in expected}) > 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_samples_that_share_a_prompts_keys_see_their_own_alone(seed, monkeypatch):
+    """Each sampled token must have the full forward pass's probabilities: here it is the sampled one that is asked for."""
+    asked = []
+    monkeypatch.setattr("model.sample", lambda logits, *_: asked.append(logits) or torch.multinomial(logits.softmax(-1), 1)[:, 0])
+    torch.manual_seed(seed)
+    model, prompts = tiny(seed).double(), [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    drawn = generate(model, prompts, 12, eos_ids=(0, 1), num_samples=4)
+    running = list(range(12))
+    for step, logits in enumerate(asked):
+        if len(logits) < len(running):  # compacted: rows that had ended are gone
+            running = [row for row in running if len(drawn[row]) > step]
+        for row, ours in zip(running, logits):
+            if len(drawn[row]) > step:
+                assert torch.allclose(ours, model(torch.tensor([prompts[row // 4] + drawn[row][:step]]))[0, -1], atol=1e-9)
+    assert len(running) < 12
 
 
 def joint(model: Transformer, prompt: list[int]) -> torch.Tensor:
@@ -241,7 +266,9 @@ def broken(tmp_path: Path, name: str = "qwen3", **config) -> Path:
     (dict(hidden_size="many"), "hidden_size"), (dict(num_hidden_layers=0), "num_hidden_layers"), (dict(num_key_value_heads=3), "key-value heads"),
     (dict(num_hidden_layers=4), "missing, the first is model.layers.3"), (dict(num_hidden_layers=2), "unexpected tensor model.layers.2"),
     (dict(intermediate_size=41), r"has shape \[40, 32\]|has shape \[32, 40\]"), (dict(model_type="llama"), "unexpected tensor"),
-    (dict(rope_parameters=None, rope_scaling=dict(rope_type="llama3", factor=8.0)), "rotary")])
+    (dict(rope_parameters=None, rope_scaling=dict(rope_type="llama3", factor=8.0)), "rotary"),
+    (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=32, mscale=2.0)), "rotary"),
+    (dict(model_type="olmo3"), "sliding_window"), (dict(model_type="olmo3", sliding_window=8, layer_types=["full_attention"]), "layer_types")])
 def test_refuses_configurations_it_does_not_compute(tmp_path, config, words):
     with pytest.raises(ModelError, match=words):
         Transformer.from_pretrained(broken(tmp_path, **config))

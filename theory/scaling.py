@@ -22,7 +22,7 @@ import data
 from model import Transformer
 from worlds import figure, show
 
-SCHEDULE = ["--sft-steps", "500", "--steps", "80", "--prompts", "16", "--eval-questions", "800"]
+SCHEDULE = ["--sft-steps", "700", "--steps", "100", "--prompts", "24", "--eval-questions", "1000"]
 
 
 def cell(width: int, seed: int, out: Path, device: str) -> dict:
