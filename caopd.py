@@ -26,6 +26,7 @@ import sys
 import time
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 import data
@@ -107,6 +108,15 @@ class Args:
     device: str = flag(HARDWARE, "auto", "cpu, cuda or cuda:i; auto takes a GPU where there is one")
     dtype: str = flag(
         HARDWARE, "auto", "auto is bfloat16 for --model where the hardware multiplies it natively, else float32", ("auto", "float32", "bfloat16"))
+    rounding: str = flag(
+        HARDWARE, "nearest", "for bfloat16: nearest also keeps float32 copies of student and teacher to add small steps to; "
+        "stochastic keeps bfloat16 alone, rounded at random and right on average, in 14 bytes a weight instead of 24",
+        ("nearest", "stochastic"))
+    recompute: bool = flag(
+        HARDWARE, False, "in training, keep each layer's input alone and compute the layer again for its gradient: a third slower, "
+        "several times less memory a token")
+    teacher_device: str = flag(
+        HARDWARE, "same", "cpu keeps the teacher's layers in main memory and brings them over one at a time", ("same", "cpu"))
     micro_tokens: int = flag(
         HARDWARE, None, "tokens computed at once; lower it when memory runs out: the loss stays the same, samples are drawn in another order")
     save_every: int = flag(HARDWARE, 50, "steps between checkpoints; an interrupted run goes on from the last one")
@@ -140,6 +150,9 @@ def ended(tokenizer: Tokenizer, ids: list[int]) -> bool:
     return ids[-1] in tokenizer.eos_ids
 
 
+SAMPLING = 4  # sampling keeps keys and values alone, so it takes this many times --micro-tokens at once
+
+
 def rollout(student: Transformer, tokenizer: Tokenizer, task: Task, examples: list[Example], samples: int, args: Args,
             generator: torch.Generator) -> list[Group]:
     """Steps 1 and 2: samples completions of each example's prompt and verifies them.
@@ -148,8 +161,8 @@ def rollout(student: Transformer, tokenizer: Tokenizer, task: Task, examples: li
     """
     prompts = [tokenizer.chat(data.student_messages(example, task.wording)) for example in examples]
     groups = []
-    longest = [samples * (len(prompt) + args.max_new_tokens) for prompt in prompts]
-    for batch in micro_batches(longest, 4 * args.micro_tokens):  # sampling keeps keys and values alone, so more fits
+    longest = [len(prompt) + samples * args.max_new_tokens for prompt in prompts]
+    for batch in micro_batches(longest, SAMPLING * args.micro_tokens):
         sampled = generate(student, [prompts[i] for i in batch], args.max_new_tokens, args.temperature,
                            eos_ids=tokenizer.eos_ids, num_samples=samples, generator=generator)
         for n, i in enumerate(batch):
@@ -256,46 +269,64 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, kind: str) -> Ten
 CHUNK = 2 ** 24  # logits held at once: 64 MiB in float32
 
 
-def distillation_loss(student: Transformer, teacher: Transformer, targets: list[Target], args: Args) -> tuple[Tensor, Tensor]:
-    """Eq. 7: the sums of the per-token divergence over I_a (capability cloning) and over I_c (calibration), two scalars.
+def distillation_backward(student: Transformer, teacher: Transformer, targets: list[Target], scale: float, args: Args) -> tuple[float, float]:
+    """Eq. 7 and its backward pass: adds scale · ∇(Σ_{I_a} KL + Σ_{I_c} KL) to the student's gradients.
 
+    Returns the two sums of the per-token divergence, in nats: over I_a (capability cloning) and over I_c (calibration).
     Each prompt is computed once for its K completions, and logits only where the loss looks, a chunk of tokens at a time:
-    each chunk's logits are computed again for its backward, so tokens × vocabulary is never held.
+    a chunk is differentiated down to the hidden states before the next is made, so tokens × vocabulary is never held.
     """
     completions = [target.completions for target in targets]
     answer_mask, confidence_mask = loss_masks(targets, args.skip_tokens, student.device)
     counted = answer_mask | confidence_mask  # [M]
-    tree = Tree([target.prompt for target in targets], completions, student.device)
-    hidden = student.hidden(tree.input_ids, tree.positions, tree)[tree.predicts[counted]]  # [M', D]
     with torch.no_grad():
         tree = Tree([target.teacher_prompt for target in targets], completions, student.device)
         privileged = teacher.hidden(tree.input_ids, tree.positions, tree)[tree.predicts[counted]]  # [M', D]
-
-    def chunk_divergence(h: Tensor, h_teacher: Tensor) -> Tensor:
-        with torch.no_grad():
-            teacher_logits = teacher.logits(h_teacher)
-        return divergence(student.logits(h), teacher_logits, args.divergence)
+    tree = Tree([target.prompt for target in targets], completions, student.device)
+    hidden = student.hidden(tree.input_ids, tree.positions, tree)[tree.predicts[counted]]  # [M', D]
 
     size = max(1, CHUNK // student.config.vocab_size)
-    kl = torch.cat([checkpoint(chunk_divergence, h, h_teacher, use_reentrant=False)
-                    for h, h_teacher in zip(hidden.split(size), privileged.split(size))])  # [M']
-    return kl[answer_mask[counted]].sum(), kl[confidence_mask[counted]].sum()
+    kl, gradients = [], []
+    for h, h_teacher in zip(hidden.detach().split(size), privileged.split(size)):
+        with torch.no_grad():
+            teacher_logits = teacher.logits(h_teacher)
+        chunk = divergence(student.logits(h.requires_grad_()), teacher_logits, args.divergence)
+        (scale * chunk.sum()).backward()
+        kl.append(chunk.detach())
+        gradients.append(h.grad)
+    hidden.backward(torch.cat(gradients))
+    kl = torch.cat(kl)
+    return kl[answer_mask[counted]].sum().item(), kl[confidence_mask[counted]].sum().item()
 
 
 # ----------------------------------------------------------------------------- the update: AdamW and the EMA teacher
 
-def float32_weights(model: Transformer) -> list[Tensor]:
-    """A model's weights in float32: themselves, or copies where they are narrower.
+# bfloat16 has 8 bits of mantissa: an AdamW step of relative size 1e-5, or 0.01 of it for the EMA, would round to nothing.
+# --rounding nearest keeps float32 copies of student and EMA to add such steps to. --rounding stochastic keeps bfloat16
+# alone and rounds a sum up or down at random, up with the share of the gap that it has passed: right on average.
 
-    bfloat16 has 8 bits of mantissa: an AdamW step of relative size 1e-5, or 0.01 of it for the EMA, rounds to nothing.
-    """
-    return [weight.detach() if weight.dtype == torch.float32 else weight.detach().float() for weight in model.parameters()]
+def exact_weights(model: Transformer, args: Args) -> list[Tensor]:
+    """What updates are added to: the model's own weights, or float32 copies where they are narrower and --rounding is nearest."""
+    return [weight if weight.dtype == torch.float32 or args.rounding == "stochastic" else weight.detach().float()
+            for weight in model.parameters()]
 
 
+def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 to bfloat16, up or down at random so that the mean is x. bfloat16 is the upper half of float32's bits."""
+    bits = x.view(torch.int32)
+    noise = torch.randint(0, 2 ** 16, bits.shape, dtype=torch.int32, device=x.device, generator=generator)
+    return ((bits + noise) & -2 ** 16).view(torch.float32).to(torch.bfloat16)
+
+
+def store(weight: Tensor, value: Tensor, generator: torch.Generator) -> None:
+    """weight ← value, in float32."""
+    weight.copy_(value if weight.dtype == torch.float32 else round_stochastically(value, generator))
+
+
+@torch.no_grad()
 def write_back(model: Transformer, weights: list[Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, weight in zip(model.parameters(), weights):
-            parameter.copy_(weight)  # copying a tensor onto itself changes nothing
+    for parameter, weight in zip(model.parameters(), weights):
+        parameter.copy_(weight)  # copying a tensor onto itself does nothing
 
 
 def cosine(step: int, steps: int) -> float:
@@ -312,56 +343,64 @@ def trapezoid(step: int, steps: int) -> float:
 
 
 class Optimizer:
-    """AdamW on float32 master weights, with gradient clipping and a schedule (step, steps) -> share of the peak rate."""
+    """AdamW with gradient clipping and a schedule (step, steps) -> share of the peak rate. Moments are float32."""
 
-    def __init__(self, model: Transformer, lr: float, steps: int, clip: float, schedule=cosine):
-        self.model, self.peak, self.steps, self.clip, self.schedule, self.step_count = model, lr, steps, clip, schedule, 0
-        self.master = float32_weights(model)
-        self.adam = torch.optim.AdamW(self.master, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        for weight in self.master:
-            weight.grad = torch.zeros_like(weight)
+    def __init__(self, model: Transformer, lr: float, steps: int, args: Args, schedule=cosine):
+        self.model, self.peak, self.steps, self.clip, self.schedule, self.step_count = model, lr, steps, args.clip, schedule, 0
+        self.weights = exact_weights(model, args)
+        self.moments = [(torch.zeros_like(w, dtype=torch.float32), torch.zeros_like(w, dtype=torch.float32)) for w in self.weights]
+        self.gradients = [torch.zeros_like(weight) for weight in self.weights]
+        for parameter, gradient in zip(model.parameters(), self.gradients):
+            if gradient.dtype == parameter.dtype:
+                parameter.grad = gradient  # backward passes add to it
+            else:
+                parameter.register_post_accumulate_grad_hook(partial(self.collect, gradient))
+
+    @staticmethod
+    def collect(gradient: Tensor, parameter: Tensor) -> None:
+        """Moves what a backward pass left for one bfloat16 weight to its float32 sum, as soon as it is there."""
+        gradient += parameter.grad
+        parameter.grad = None
 
     @property
     def lr(self) -> float:
         return self.peak * self.schedule(self.step_count, self.steps)
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the loss's gradient to the float32 sums of this step."""
-        loss.backward()
-        for weight, parameter in zip(self.master, self.model.parameters()):
-            if parameter.grad is not None:
-                weight.grad += parameter.grad
-                parameter.grad = None
-
-    def step(self) -> float:
-        """Updates the model; returns the gradient norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.master, self.clip)
-        self.adam.param_groups[0]["lr"] = self.lr
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=False)
-        write_back(self.model, self.master)
+    @torch.no_grad()
+    def step(self, generator: torch.Generator) -> float:
+        """Updates the model; `generator` is for stochastic rounding. Returns the gradient norm before clipping."""
+        norm = torch.stack([g.norm(dtype=torch.float32) for g in self.gradients]).norm()
+        shrink = (self.clip / (norm + 1e-6)).clamp(max=1.0)
+        for weight, gradient, (m, v) in zip(self.weights, self.gradients, self.moments):
+            value = weight.detach().float()  # the weight itself where it is float32
+            step = torch.full((), float(self.step_count), device=m.device)
+            adamw([value], [gradient.mul_(shrink).float()], [m], [v], [], [step], lr=self.lr, beta1=0.9, beta2=0.95, eps=1e-8,
+                  weight_decay=0.0, amsgrad=False, maximize=False, fused=True)
+            if weight.dtype != torch.float32:
+                store(weight, value, generator)
+            gradient.zero_()
+        write_back(self.model, self.weights)
         self.step_count += 1
         return float(norm)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, by name; `load` takes it back."""
-        state = {f"master.{i}": weight for i, weight in enumerate(self.master)}
-        for i, weight in enumerate(self.master):
-            state |= {f"{key}.{i}": value for key, value in self.adam.state[weight].items()}
-        return state
+        return {f"{name}.{i}": tensor.detach() for i, (weight, (m, v)) in enumerate(zip(self.weights, self.moments))
+                for name, tensor in (("weight", weight), ("m", m), ("v", v))}
 
+    @torch.no_grad()
     def load(self, state: dict[str, Tensor], step: int) -> None:
         self.step_count = step
-        for i, weight in enumerate(self.master):
-            weight.copy_(state[f"master.{i}"])
-            self.adam.state[weight] = {key: state[f"{key}.{i}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
-        write_back(self.model, self.master)
+        for name, tensor in self.tensors().items():
+            tensor.copy_(state[name])
+        write_back(self.model, self.weights)
 
 
-def ema_update(ema: list[Tensor], weights: list[Tensor], rate: float) -> None:
-    """Teacher weights ← (1 − rate) · teacher + rate · student, in float32."""
-    for average, weight in zip(ema, weights):
-        average.lerp_(weight, rate)
+@torch.no_grad()
+def ema_update(averages: list[Tensor], weights: list[Tensor], rate: float, generator: torch.Generator) -> None:
+    """Teacher weights ← (1 − rate) · teacher + rate · student, in float32; `generator` is for stochastic rounding."""
+    for average, weight in zip(averages, weights):
+        store(average, average.float().lerp(weight.to(average.device).float(), rate), generator)
 
 
 # ----------------------------------------------------------------------------- the loop
@@ -371,13 +410,16 @@ def seeded(args: Args, stage: str, step: int, device: torch.device) -> torch.Gen
     return torch.Generator(device).manual_seed(zlib.crc32(f"{args.seed} {stage} {step}".encode()))
 
 
-def distill(base: Transformer, tokenizer: Tokenizer, task: Task, method: str, args: Args, out: Path) -> Transformer:
-    """Algorithm 1 with target replacement (method "caopd") or without ("opd"); returns the student.
+def distill(student: Transformer, tokenizer: Tokenizer, task: Task, method: str, args: Args, out: Path) -> Transformer:
+    """Algorithm 1 with target replacement (method "caopd") or without ("opd"). Trains `student` in place and returns it.
 
-    The teacher is an EMA of the student, `base` at the start. Each step logs a line to out/metrics.jsonl.
+    The teacher is an EMA of the student, equal to it at the start. Each step logs a line to out/metrics.jsonl.
     """
-    student, teacher = copy.deepcopy(base), copy.deepcopy(base).requires_grad_(False)
-    optimizer, ema = Optimizer(student, args.lr, args.steps, args.clip), float32_weights(teacher)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    if args.teacher_device == "cpu":
+        teacher.model.layers = torch.nn.ModuleList(Visiting(layer.cpu()) for layer in teacher.model.layers)
+    student.recompute = args.recompute
+    optimizer, ema = Optimizer(student, args.lr, args.steps, args), exact_weights(teacher, args)
     start = load_checkpoint(out / method, optimizer, ema, settings(args, method))
     write_back(teacher, ema)
     log = Log(out / "metrics.jsonl", method, start)
@@ -390,11 +432,12 @@ def distill(base: Transformer, tokenizer: Tokenizer, task: Task, method: str, ar
         count = max(1, sum(int(mask.sum()) for mask in loss_masks(targets, args.skip_tokens, torch.device("cpu"))))
         kl_answer = kl_confidence = 0.0
         for batch in micro_batches([target.tokens for target in targets], args.micro_tokens):
-            losses = distillation_loss(student, teacher, [targets[i] for i in batch], args)
-            optimizer.backward(sum(losses) / count)  # Eq. 2 sums over t; AdamW does not see the constant
-            kl_answer, kl_confidence = kl_answer + losses[0].item() / count, kl_confidence + losses[1].item() / count
-        lr, norm = optimizer.lr, optimizer.step()
-        ema_update(ema, optimizer.master, args.teacher_rate)
+            # Eq. 2 sums over t; AdamW does not see the constant
+            answer, confidence = distillation_backward(student, teacher, [targets[i] for i in batch], 1 / count, args)
+            kl_answer, kl_confidence = kl_answer + answer / count, kl_confidence + confidence / count
+        generator = seeded(args, "rounding", step, student.device)
+        lr, norm = optimizer.lr, optimizer.step(generator)
+        ema_update(ema, optimizer.weights, args.teacher_rate, generator)
         write_back(teacher, ema)
 
         texts = [tokenizer.decode(y) for group in groups for y in group.completions]
@@ -412,6 +455,18 @@ def distill(base: Transformer, tokenizer: Tokenizer, task: Task, method: str, ar
     return student
 
 
+class Visiting(torch.nn.Module):
+    """A teacher's layer for --teacher-device cpu: its weights stay there, and visit the device of its input to compute."""
+
+    def __init__(self, layer: torch.nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, *rest) -> Tensor:
+        visitors = {name: weight.to(x.device) for name, weight in self.layer.named_parameters()}
+        return torch.func.functional_call(self.layer, visitors, (x, *rest))
+
+
 def documents(task: Task, args: Args, step: int) -> list[tuple[list[dict], str]]:
     """The (messages, completion) pairs of a supervised step: answers alone at first, then half closed-book, half open-book."""
     rng, examples = random.Random(f"{args.seed} documents {step}"), task.draw(args.sft_documents, "base", step)
@@ -424,7 +479,8 @@ def documents(task: Task, args: Args, step: int) -> list[tuple[list[dict], str]]
 
 def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: Args, out: Path) -> Transformer:
     """The supervised stage that makes the base model: cross-entropy on completions. Trains `model` in place and returns it."""
-    optimizer = Optimizer(model, args.sft_lr, args.sft_steps, args.clip, trapezoid)
+    model.recompute = args.recompute
+    optimizer = Optimizer(model, args.sft_lr, args.sft_steps, args, trapezoid)
     start = load_checkpoint(out / "base", optimizer, [], settings(args, "base"))
     log = Log(out / "metrics.jsonl", "base", start)
     bar = tqdm(range(start, args.sft_steps), initial=start, total=args.sft_steps, desc="  base", unit="step", dynamic_ncols=True)
@@ -438,9 +494,9 @@ def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: Args, 
             tree = Tree([prompts[i] for i in batch], [completions[i] for i in batch], model.device)
             logits = model.logits(model.hidden(tree.input_ids, tree.positions, tree)[tree.predicts])  # [M, V]
             loss = torch.nn.functional.cross_entropy(logits.float(), tree.targets, reduction="sum") / count
-            optimizer.backward(loss)
+            loss.backward()
             total += loss.item()
-        lr, norm = optimizer.lr, optimizer.step()
+        lr, norm = optimizer.lr, optimizer.step(seeded(args, "rounding", step, model.device))
         log.write({"stage": "base", "step": step, "loss": total, "lr": lr, "grad_norm": norm,
                    "seconds": time.perf_counter() - began})
         bar.set_postfix_str(f"cross-entropy {total:.3f}")
@@ -459,7 +515,7 @@ def mean(values: list) -> float:
 def settings(args: Args, stage: str) -> dict:
     """What determines a stage's result: flags by name, and the contents of the training file."""
     shared = ["task", "model", "train", "seed", "sft_steps", "sft_documents", "sft_lr", "sft_noise", "sft_answers", "clip",
-              "width", "layers", "dtype"]
+              "width", "layers", "dtype", "rounding"]
     distilled = ["steps", "prompts", "rollouts", "lr", "divergence", "teacher_rate", "context", "skip_tokens", "max_prompt",
                  "skip_long", "max_new_tokens", "temperature", "micro_tokens"]
     chosen = {name: getattr(args, name) for name in shared + (distilled if stage != "base" else [])}
@@ -779,8 +835,10 @@ def pick_dtype(args: Args, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if args.model and able else torch.float32
 
 
-def find_model(name: str) -> Path:
-    """A directory as it is; a hub name through huggingface_hub, weights and texts only."""
+def find_model(name: str) -> Path | None:
+    """A directory as it is; a hub name through huggingface_hub, weights and texts only; None for the embedded world."""
+    if not name:
+        return None
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -837,13 +895,64 @@ def toy_config(args: Args, tokenizer: Tokenizer) -> Config:
                   eos_token_id=end, pad_token_id=end)
 
 
-def starting_model(config: Config, args: Args, device: torch.device) -> Transformer:
-    """--model's weights, or the embedded world's transformer as it was born."""
-    dtype = getattr(torch, args.dtype)
-    if args.model:
-        return Transformer.from_pretrained(find_model(args.model), dtype, device)
+def layer_bytes(config: Config, longest: int, args: Args) -> float:
+    """What one layer keeps of a token for its gradient; `longest` is the tokens of a prompt with its K completions."""
+    heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    repeated = args.rollouts * (longest - (args.rollouts - 1) * args.max_new_tokens) / longest  # K · (P + C) keys for P + K · C tokens
+    numbers = 6 * config.hidden_size + 4 * config.intermediate_size + 5 * heads + (8 + 2 * repeated) * keys
+    return 4 * numbers if args.dtype == "float32" else 2 * (numbers + 2 * config.hidden_size + heads + keys)  # norms are in float32
+
+
+def memory_needed(config: Config, longest: int, args: Args) -> dict[str, float]:
+    """Bytes a distillation step will hold on the device, by purpose, `longest` as above. Fragmentation comes on top."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    weights, layers = (sum(p.numel() for p in part.parameters()) for part in (model, model.model.layers))
+    size = 2 if args.dtype == "bfloat16" else 4
+    copy = 4 if size == 2 and args.rounding == "nearest" else 0  # bytes of a float32 copy, where there is one
+    resident = weights - layers if args.teacher_device == "cpu" else weights  # the teacher's weights that stay on the device
+    tokens, layer = max(args.micro_tokens, longest), layer_bytes(config, longest, args)
+    kept = config.num_hidden_layers * size * config.hidden_size + layer if args.recompute else config.num_hidden_layers * layer
+    cache = 2 * size * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # keys and values of a token
+    return {"weights, gradient and optimizer": weights * (size + copy + (copy or size) + 8), "teacher": resident * (size + copy),
+            "working memory": max(tokens * kept + 6 * 4 * CHUNK, SAMPLING * tokens * cache + tokens * layer)}
+
+
+def memory_free(device: torch.device) -> float:
+    """Bytes that can still be had: of the GPU's own memory, or of main memory; infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return math.inf
+
+
+def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args, device: torch.device) -> None:
+    """Prints what the run will need and what there is; refuses one that cannot fit, and names the flags that help."""
+    def teacher_tokens(example: Example) -> int:
+        return len(tokenizer.chat(data.teacher_messages(example, task.wording, data.stated(example.demo, 1.0), report=1.0)))
+
+    longest = max(map(teacher_tokens, task.draw(64, "memory", 0))) + args.rollouts * args.max_new_tokens
+    parts, free = memory_needed(config, longest, args), memory_free(device)
+    needed = sum(parts.values())
+    shown = ", ".join(f"{name} {size / 2 ** 30:.1f}" for name, size in parts.items())
+    print(f"Memory: about {needed / 2 ** 30:.1f} GiB needed on {device} ({shown}), {free / 2 ** 30:.1f} free.")
+    if needed <= free:
+        return
+    remedies = {"--recompute": {"recompute": True}, f"--micro-tokens {longest}": {"micro_tokens": longest},
+                "--teacher-device cpu": {"teacher_device": "cpu"}, "--dtype bfloat16 --rounding stochastic": {"dtype": "bfloat16", "rounding": "stochastic"}}
+    offers = [(sum(memory_needed(config, longest, dataclasses.replace(args, **change)).values()), name) for name, change in remedies.items()]
+    helps = ", ".join(f"{name} {size / 2 ** 30:.1f} GiB" for size, name in sorted(offers) if size < 0.99 * needed)
+    raise UsageError(f"--model {args.model}: a step needs about {needed / 2 ** 30:.1f} GiB on {device} ({shown}), and {free / 2 ** 30:.1f} are "
+                     f"free. What each of these alone would bring it to: {helps or 'no flag helps, take a smaller model'}")
+
+
+def newborn(config: Config, args: Args, device: torch.device) -> Transformer:
+    """The embedded world's transformer before it has learned anything."""
     torch.manual_seed(args.seed)
-    return Transformer(config).to(device, dtype)
+    return Transformer(config).to(device, getattr(torch, args.dtype))
 
 
 def make_writable(out: Path) -> None:
@@ -865,32 +974,36 @@ def run(args: Args) -> dict:
     """Everything, from flags to table; returns what results.json holds."""
     began, device, out = time.perf_counter(), pick_device(args), Path(args.out)
     args = dataclasses.replace(args, dtype=str(pick_dtype(args, device)).removeprefix("torch."))
-    if args.model:
-        directory = find_model(args.model)
-        config, tokenizer = Config.from_pretrained(directory), Tokenizer.from_pretrained(directory)
+    if origin := find_model(args.model):
+        config, tokenizer = Config.from_pretrained(origin), Tokenizer.from_pretrained(origin)
     else:
         tokenizer = data.toy_tokenizer()
         config = toy_config(args, tokenizer)
     task = make_task(tokenizer, config, args)
-    made, identity = out / "base" / "settings.json", json.dumps(settings(args, "base"), indent=2)
-    reuse = args.sft_steps > 0 and made.exists() and made.read_text() == identity
-    base = (Transformer.from_pretrained(out / "base", getattr(torch, args.dtype), device) if reuse
-            else starting_model(config, args, device))
+    check_memory(config, task, tokenizer, args, device)
+    base = out / "base"
+    made, identity = base / "settings.json", json.dumps(settings(args, "base"), indent=2)
+    reuse = made.exists() and made.read_text() == identity
+    load = partial(Transformer.from_pretrained, dtype=getattr(torch, args.dtype), device=device)
+    model = load(base) if reuse else load(origin) if origin else newborn(config, args, device)
     make_writable(out)
     if reuse:
-        print(f"Reusing the base model in {out / 'base'}: it was made with the same settings.")
-    elif args.sft_steps:
+        print(f"Reusing the base model in {base}: it was made with the same settings.")
+    elif args.sft_steps or not origin:
         made.unlink(missing_ok=True)
-        save(supervise(base, tokenizer, task, args, out), tokenizer, out / "base")
+        save(supervise(model, tokenizer, task, args, out), tokenizer, base)
         made.write_text(identity)
-    print(f"{args.model or 'The embedded world'}: {sum(p.numel() for p in base.parameters()):,} parameters in {args.dtype} on {device}, "
+    start = base if args.sft_steps or not origin else origin
+    print(f"{args.model or 'The embedded world'}: {sum(p.numel() for p in model.parameters()):,} parameters in {args.dtype} on {device}, "
           f"{len(task.held_out)} held-out questions, seed {args.seed}.")
-    results = {"base": evaluate(base, tokenizer, task, args, "base")}
+    results = {"base": evaluate(model, tokenizer, task, args, "base")}
     methods = ["opd", "caopd"] if args.method == "both" else [args.method]
     for method in methods:
-        student = distill(base, tokenizer, task, method, args, out)
-        save(student, tokenizer, out / method)
-        results[method] = evaluate(student, tokenizer, task, args, method)
+        del model  # one student and one teacher at a time
+        model = load(start)
+        distill(model, tokenizer, task, method, args, out)
+        save(model, tokenizer, out / method)
+        results[method] = evaluate(model, tokenizer, task, args, method)
 
     seconds = time.perf_counter() - began
     everything = results | {"settings": dataclasses.asdict(args), "seconds": seconds}

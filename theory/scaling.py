@@ -22,13 +22,13 @@ import data
 from model import Transformer
 from worlds import figure, show
 
-SCHEDULE = ["--sft-steps", "700", "--steps", "100", "--prompts", "24", "--eval-questions", "1000"]
+SCHEDULE = ["--sft-steps", "700", "--steps", "150", "--prompts", "24", "--eval-questions", "1000"]
 
 
 def cell(width: int, seed: int, out: Path, device: str) -> dict:
     """results.json of one network: read where it is finished with these settings, else made."""
     directory = out / f"width{width}-seed{seed}"
-    rate = 3e-3 * min(1.0, 128 / width)  # wider networks want smaller steps
+    rate = 3e-3 * (128 / width) ** 0.5  # wider networks want smaller steps
     args = caopd.parse_args([*SCHEDULE, "--width", str(width), "--seed", str(seed), "--sft-lr", str(rate), "--lr", str(rate / 10), "--out", str(directory), "--device", device])
     finished = directory / "results.json"
     if finished.exists():
