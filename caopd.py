@@ -77,11 +77,13 @@ class Args:
     rollouts: int = flag(DISTILL, 8, "K, completions a prompt: the paper finds calibration wants K >= 8")
     lr: float = flag(DISTILL, None, "AdamW's peak learning rate: 10%% warm-up, then cosine to zero")
     divergence: str = flag(
-        DISTILL, "reverse", "KL(student||teacher) as in Eq. 2, KL(teacher||student), or Jensen-Shannon", ("reverse", "forward", "jsd"))
+        DISTILL, "reverse", "KL(student||teacher) as in Eq. 2, KL(teacher||student), or Jensen-Shannon",
+        ("reverse", "forward", "jsd"))
     teacher_rate: float = flag(
         DISTILL, None, "EMA rate of the teacher, a step: 0 is a frozen teacher, 1 the live student")
     context: str = flag(
-        DISTILL, "demo", "privileged context z: a demonstration (SDFT), or a correct rollout of the student (SDPO)", ("demo", "solution"))
+        DISTILL, "demo", "privileged context z: a demonstration (SDFT), or a correct rollout of the student (SDPO)",
+        ("demo", "solution"))
     skip_tokens: int = flag(DISTILL, 0, "leave the first tokens of each completion out of the loss (the paper: 3)")
     clip: float = flag(DISTILL, 1.0, "largest gradient norm")
 
@@ -104,21 +106,24 @@ class Args:
 
     eval_questions: int = flag(EVAL, None, "most held-out questions to ask")
     oracle: int = flag(
-        EVAL, 0, "also estimate each held-out question's success rate mu(x) from N samples, and add what a confidence c = mu(x) would score")
+        EVAL, 0, "also estimate each held-out question's success rate mu(x) from N samples, and add what a confidence "
+        "c = mu(x) would score")
     device: str = flag(HARDWARE, "auto", "cpu, cuda or cuda:i; auto takes a GPU where there is one")
     dtype: str = flag(
-        HARDWARE, "auto", "auto is bfloat16 for --model where the hardware multiplies it natively, else float32", ("auto", "float32", "bfloat16"))
+        HARDWARE, "auto", "auto is bfloat16 for --model where the hardware multiplies it natively, else float32",
+        ("auto", "float32", "bfloat16"))
     rounding: str = flag(
         HARDWARE, "nearest", "for bfloat16: nearest also keeps float32 copies of student and teacher to add small steps to; "
         "stochastic keeps bfloat16 alone, rounded at random and right on average, in 14 bytes a weight instead of 24",
         ("nearest", "stochastic"))
     recompute: bool = flag(
-        HARDWARE, False, "in training, keep each layer's input alone and compute the layer again for its gradient: a third slower, "
-        "several times less memory a token")
+        HARDWARE, False, "in training, keep each layer's input alone and compute the layer again for its gradient: "
+        "a third slower, several times less memory a token")
     teacher_device: str = flag(
         HARDWARE, "same", "cpu keeps the teacher's layers in main memory and brings them over one at a time", ("same", "cpu"))
     micro_tokens: int = flag(
-        HARDWARE, None, "tokens computed at once; lower it when memory runs out: the loss stays the same, samples are drawn in another order")
+        HARDWARE, None, "tokens computed at once; lower it when memory runs out: the loss stays the same, samples are drawn "
+        "in another order")
     save_every: int = flag(HARDWARE, 50, "steps between checkpoints; an interrupted run goes on from the last one")
 
 
@@ -269,7 +274,8 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, kind: str) -> Ten
 CHUNK = 2 ** 24  # logits held at once: 64 MiB in float32
 
 
-def distillation_backward(student: Transformer, teacher: Transformer, targets: list[Target], scale: float, args: Args) -> tuple[float, float]:
+def distillation_backward(student: Transformer, teacher: Transformer, targets: list[Target], scale: float,
+                          args: Args) -> tuple[float, float]:
     """Eq. 7 and its backward pass: adds scale · ∇(Σ_{I_a} KL + Σ_{I_c} KL) to the student's gradients.
 
     Returns the two sums of the per-token divergence, in nats: over I_a (capability cloning) and over I_c (calibration).
@@ -348,7 +354,7 @@ class Optimizer:
     def __init__(self, model: Transformer, lr: float, steps: int, args: Args, schedule=cosine):
         self.model, self.peak, self.steps, self.clip, self.schedule, self.step_count = model, lr, steps, args.clip, schedule, 0
         self.weights = exact_weights(model, args)
-        self.moments = [(torch.zeros_like(w, dtype=torch.float32), torch.zeros_like(w, dtype=torch.float32)) for w in self.weights]
+        self.moments = [tuple(torch.zeros_like(weight, dtype=torch.float32) for _ in "mv") for weight in self.weights]
         self.gradients = [torch.zeros_like(weight) for weight in self.weights]
         for parameter, gradient in zip(model.parameters(), self.gradients):
             if gradient.dtype == parameter.dtype:
@@ -467,14 +473,17 @@ class Visiting(torch.nn.Module):
         return torch.func.functional_call(self.layer, visitors, (x, *rest))
 
 
-def documents(task: Task, args: Args, step: int) -> list[tuple[list[dict], str]]:
-    """The (messages, completion) pairs of a supervised step: answers alone at first, then half closed-book, half open-book."""
+def documents(task: Task, args: Args, step: int) -> tuple[list[tuple[list[dict], str]], bool]:
+    """The (messages, completion) pairs of a supervised step, and whether their completions end.
+
+    Answers alone at first, which stop where a confidence would follow; then half closed-book, half open-book.
+    """
     rng, examples = random.Random(f"{args.seed} documents {step}"), task.draw(args.sft_documents, "base", step)
     if step < args.sft_answers * args.sft_steps:
-        return [data.answer_only(example, task.wording) for example in examples]
+        return [data.answer_only(example, task.wording) for example in examples], False
     half = len(examples) // 2
     return ([data.closed_book(example, task.wording, rng, args.sft_noise) for example in examples[:half]]
-            + [data.open_book(example, task.wording, rng) for example in examples[half:]])
+            + [data.open_book(example, task.wording, rng) for example in examples[half:]]), True
 
 
 def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: Args, out: Path) -> Transformer:
@@ -485,10 +494,9 @@ def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: Args, 
     log = Log(out / "metrics.jsonl", "base", start)
     bar = tqdm(range(start, args.sft_steps), initial=start, total=args.sft_steps, desc="  base", unit="step", dynamic_ncols=True)
     for step in bar:
-        began, pairs = time.perf_counter(), documents(task, args, step)
+        began, (pairs, end) = time.perf_counter(), documents(task, args, step)
         prompts = [tokenizer.chat(messages) for messages, _ in pairs]
-        completions = [[tokenizer.encode(text) + ([] if text.endswith(data.UNFINISHED) else tokenizer.eos_ids[:1])]
-                       for _, text in pairs]
+        completions = [[tokenizer.encode(text) + tokenizer.eos_ids[:end]] for _, text in pairs]
         count, total = sum(len(ids) for group in completions for ids in group), 0.0
         for batch in micro_batches([len(p) + len(c[0]) for p, c in zip(prompts, completions)], args.micro_tokens):
             tree = Tree([prompts[i] for i in batch], [completions[i] for i in batch], model.device)
@@ -659,8 +667,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, task: Task, args: Args, n
 def oracle(mu: list[float], correct: np.ndarray, samples: int) -> dict:
     """What the best prompt-level confidence would score: c = μ(x), estimated from `samples` other answers to each question.
 
-    Brier is the floor E[μ(1 − μ)], unbiased: E[μ̂(1 − μ̂)] = (1 − 1/N) μ(1 − μ). SPR and ECE are those of μ̂ itself, whose
-    sampling error costs a little. theory/prompt_level.py has both yardsticks exactly.
+    Brier is the floor E[μ(1 − μ)], unbiased: E[μ̂(1 − μ̂)] = (1 − 1/N) μ(1 − μ). SPR and ECE are those of μ̂ itself,
+    whose sampling error costs a little. theory/prompt_level.py has both yardsticks exactly.
     """
     mu = np.asarray(mu)
     return calibration(mu, correct) | {"brier": float((mu * (1 - mu)).mean() * samples / (samples - 1))}
@@ -770,7 +778,8 @@ def parse_args(argv: list[str] | None) -> Args:
             continue
         toy, real = DEFAULTS.get(field.name, (default, default))
         shown = f" [{toy}]" if toy == real and toy != "" else f" [{toy}; with --model {real}]" if toy != real else ""
-        metavar = None if choices else {int: "N", float: "X", str: "PATH" if field.name in ("train", "eval", "out") else "NAME"}[field.type]
+        word = "PATH" if field.name in ("train", "eval", "out") else "NAME"
+        metavar = None if choices else {int: "N", float: "X", str: word}[field.type]
         groups[group].add_argument(name, type=field.type, default=default, choices=choices, metavar=metavar, help=help + shown)
     args = Args(**vars(parser.parse_args(argv)))
     for name, defaults in DEFAULTS.items():
@@ -823,7 +832,8 @@ def pick_device(args: Args) -> torch.device:
     except RuntimeError:
         raise UsageError(f"--device {args.device}: it should be cpu, cuda or cuda:i") from None
     if device.type not in ("cpu", "cuda") or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {args.device}: no such device here; there are cpu and {torch.cuda.device_count()} cuda devices")
+        raise UsageError(f"--device {args.device}: no such device here; there are cpu and "
+                         f"{torch.cuda.device_count()} cuda devices")
     return device
 
 
@@ -853,7 +863,7 @@ def find_model(name: str) -> Path | None:
 
 
 def fitting(examples: list[Example], tokenizer: Tokenizer, wording: data.Wording, config: Config, args: Args) -> list[Example]:
-    """The examples whose prompts are within --max-prompt and the model's positions; refuses or, with --skip-long, counts the rest."""
+    """The examples within --max-prompt and the model's positions; the rest are refused or, with --skip-long, counted."""
     def lengths(example: Example) -> tuple[int, int]:
         teacher = data.teacher_messages(example, wording, data.stated(example.demo, 1.0), report=1.0)
         return len(tokenizer.chat(data.student_messages(example, wording))), len(tokenizer.chat(teacher)) + args.max_new_tokens
@@ -898,9 +908,11 @@ def toy_config(args: Args, tokenizer: Tokenizer) -> Config:
 def layer_bytes(config: Config, longest: int, args: Args) -> float:
     """What one layer keeps of a token for its gradient; `longest` is the tokens of a prompt with its K completions."""
     heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    repeated = args.rollouts * (longest - (args.rollouts - 1) * args.max_new_tokens) / longest  # K · (P + C) keys for P + K · C tokens
+    # attention gathers K · (P + C) keys for the P + K · C tokens
+    repeated = args.rollouts * (longest - (args.rollouts - 1) * args.max_new_tokens) / longest
     numbers = 6 * config.hidden_size + 4 * config.intermediate_size + 5 * heads + (8 + 2 * repeated) * keys
-    return 4 * numbers if args.dtype == "float32" else 2 * (numbers + 2 * config.hidden_size + heads + keys)  # norms are in float32
+    norms = 2 * config.hidden_size + heads + keys  # they are computed in float32
+    return 4 * numbers if args.dtype == "float32" else 2 * (numbers + norms)
 
 
 def memory_needed(config: Config, longest: int, args: Args) -> dict[str, float]:
@@ -942,11 +954,14 @@ def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args, d
     if needed <= free:
         return
     remedies = {"--recompute": {"recompute": True}, f"--micro-tokens {longest}": {"micro_tokens": longest},
-                "--teacher-device cpu": {"teacher_device": "cpu"}, "--dtype bfloat16 --rounding stochastic": {"dtype": "bfloat16", "rounding": "stochastic"}}
-    offers = [(sum(memory_needed(config, longest, dataclasses.replace(args, **change)).values()), name) for name, change in remedies.items()]
+                "--dtype bfloat16 --rounding stochastic": {"dtype": "bfloat16", "rounding": "stochastic"},
+                "--teacher-device cpu": {"teacher_device": "cpu"}}
+    offers = [(sum(memory_needed(config, longest, dataclasses.replace(args, **change)).values()), name)
+              for name, change in remedies.items() if device.type == "cuda" or name != "--teacher-device cpu"]
     helps = ", ".join(f"{name} {size / 2 ** 30:.1f} GiB" for size, name in sorted(offers) if size < 0.99 * needed)
-    raise UsageError(f"--model {args.model}: a step needs about {needed / 2 ** 30:.1f} GiB on {device} ({shown}), and {free / 2 ** 30:.1f} are "
-                     f"free. What each of these alone would bring it to: {helps or 'no flag helps, take a smaller model'}")
+    raise UsageError(f"--model {args.model}: a step needs about {needed / 2 ** 30:.1f} GiB on {device} ({shown}), and "
+                     f"{free / 2 ** 30:.1f} are free. What each of these alone would bring it to: "
+                     f"{helps or 'no flag helps, take a smaller model'}")
 
 
 def newborn(config: Config, args: Args, device: torch.device) -> Transformer:
@@ -994,7 +1009,8 @@ def run(args: Args) -> dict:
         save(supervise(model, tokenizer, task, args, out), tokenizer, base)
         made.write_text(identity)
     start = base if args.sft_steps or not origin else origin
-    print(f"{args.model or 'The embedded world'}: {sum(p.numel() for p in model.parameters()):,} parameters in {args.dtype} on {device}, "
+    weights = sum(p.numel() for p in model.parameters())
+    print(f"{args.model or 'The embedded world'}: {weights:,} parameters in {args.dtype} on {device}, "
           f"{len(task.held_out)} held-out questions, seed {args.seed}.")
     results = {"base": evaluate(model, tokenizer, task, args, "base")}
     methods = ["opd", "caopd"] if args.method == "both" else [args.method]

@@ -403,10 +403,12 @@ def toy_tokenizer() -> Tokenizer:
     """The embedded world's tokenizer: a token per character but for the pieces of a confidence, and a chat template."""
     vocabulary = ["<|unknown|>", "<|end|>", "<|user|>", "<|assistant|>", "\nConfidence: ", "0.", "1.", *"0123456789+*=\n"]
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({t: i for i, t in enumerate(vocabulary)}, unk_token="<|unknown|>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\nConfidence: |[01]\.|[\s\S]"), behavior="isolated")
+    units = tokenizers.Regex(r"\nConfidence: |[01]\.|[\s\S]")
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(units, behavior="isolated")
     backend.decoder = tokenizers.decoders.Fuse()
     backend.add_special_tokens(vocabulary[:4])
-    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}" \
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}" \
+               "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}" \
                "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     return Tokenizer(backend, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "pad_token": "<|end|>",
                                "unk_token": "<|unknown|>", "clean_up_tokenization_spaces": False, "chat_template": template},
@@ -415,7 +417,6 @@ def toy_tokenizer() -> Tokenizer:
 
 # ----------------------------------------------------------------------------- documents for the supervised stage
 
-UNFINISHED = "Confidence: "  # how a document ends that stops before the number
 HABIT = (0.75, 0.80, 0.85, 0.90, 0.90, 0.95, 0.95, 1.00)
 
 
@@ -425,8 +426,8 @@ def stated(answer: str, confidence: float) -> str:
 
 
 def answer_only(example: Example, wording: Wording) -> tuple[list[dict], str]:
-    """(messages, completion): question → answer, up to the point where a confidence would follow; half as long as the others."""
-    return student_messages(example, wording), f"{example.demo}\n{UNFINISHED}"
+    """(messages, completion): question → answer, up to the number of a confidence; half as long as the others."""
+    return student_messages(example, wording), f"{example.demo}\nConfidence: "
 
 
 def closed_book(example: Example, wording: Wording, rng: random.Random, noise: float) -> tuple[list[dict], str]:

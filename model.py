@@ -109,7 +109,7 @@ class Config:
     def to_dict(self) -> dict:
         """The config.json that the reference library reads back as the same network."""
         raw = asdict(self)
-        if self.layer_types:  # the newer spelling as well: with the older alone, transformers 5.23 forgets the sliding layers' theta
+        if self.layer_types:  # the newer spelling as well: of the older, transformers 5.23 does not read the sliding layers' theta
             plain = {"rope_type": "default", "rope_theta": self.rope_theta}
             raw["rope_parameters"] = {FULL: plain | (self.rope_scaling or {}), SLIDING: plain}
         else:
@@ -160,7 +160,8 @@ def rope_parameters(path: Path, raw: dict) -> tuple[float, dict | None]:
     values = {name: rope[name] for name in ROPE.get(kind, ()) if rope.get(name) is not None}
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | ROPE.get(kind, rope.keys())
     if kind == "yarn":
-        values = {"attention_factor": 0.1 * math.log(max(1, rope.get("factor") or 1)) + 1, "beta_fast": 32, "beta_slow": 1} | values
+        factor = max(1, rope.get("factor") or 1)
+        values = {"attention_factor": 0.1 * math.log(factor) + 1, "beta_fast": 32, "beta_slow": 1} | values
     numbers = all(isinstance(value, (int, float)) and value > 0 for value in (theta, *values.values()))
     if kind not in ("default", *ROPE) or not numbers or values.keys() != ROPE.get(kind, set()) or rope.keys() - known \
             or sliding.get("rope_type", "default") != "default" or sliding.get("rope_theta", theta) != theta:
@@ -182,7 +183,8 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
         keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
     else:  # yarn: the same idea, linear in the pair's index between the pairs that turn beta_fast and beta_slow times
         def index(turns: float) -> float:
-            return config.head_dim * math.log(s["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+            speed = turns * 2 * math.pi / s["original_max_position_embeddings"]
+            return -config.head_dim / 2 * math.log(speed, config.rope_theta)
         low, high = max(math.floor(index(s["beta_fast"])), 0), min(math.ceil(index(s["beta_slow"])), config.head_dim - 1)
         keep = 1 - ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
     return keep * speed + (1 - keep) * speed / s["factor"]
@@ -555,7 +557,8 @@ class Decode:
         (prompt_keys, prompt_values), (keys, values) = self.prompt[layer], self.own[layer]
         keys.index_copy_(2, self.slot, k[:, :, None])
         values.index_copy_(2, self.slot, v[:, :, None])
-        keys, values, width, repeat = keys[:, :, :self.end], values[:, :, :self.end], prompt_keys.shape[2], q.shape[1] // k.shape[1]
+        keys, values = keys[:, :, :self.end], values[:, :, :self.end]
+        width, repeat = prompt_keys.shape[2], q.shape[1] // k.shape[1]
         q = q.unflatten(1, (-1, repeat)) / q.shape[-1] ** 0.5  # [N, G, R, d], R = H/G queries to a key
         scores = torch.cat([self.ungroup(self.group(q) @ prompt_keys.mT, repeat), q @ keys.mT], dim=-1)  # [N, G, R, P + C]
         seen = visible(self.positions[:, None], self.keys[:, :width + self.end], window)[:, None]  # [N, 1, 1, P + C]

@@ -455,7 +455,9 @@ def test_the_oracle_row(tmp_path, capsys):
 
 def test_the_supervised_documents_teach_answers_first_and_then_every_grade_with_and_without_a_demonstration():
     args, task = parse_args(["--sft-steps", "10", "--sft-answers", "0.5", "--sft-documents", "32"]), data.arithmetic_task(0, 8, words=False)
-    early, late = caopd.documents(task, args, 4), [pair for step in (5, 6) for pair in caopd.documents(task, args, step)]
+    (early, unfinished), (later, finished) = caopd.documents(task, args, 4), caopd.documents(task, args, 5)
+    late = later + caopd.documents(task, args, 6)[0]
+    assert not unfinished and finished
     assert all(text.endswith("\nConfidence: ") and data.verify(data.Example("arithmetic", "", text.split("\n")[0]), text) for _, text in early)
     asked = {side: {len(m[0]["content"].split("\n")[0]) for m, _ in late if ("\n" in m[0]["content"]) is side} for side in (False, True)}
     assert asked[False] == asked[True] == {4, 5, 6, 7, 8}  # 1+1= to 3+3=
