@@ -29,7 +29,8 @@ def forward_pool(p_z: np.ndarray, teachers: np.ndarray) -> np.ndarray:
 def objective(p: np.ndarray, p_z: np.ndarray, teachers: np.ndarray, kind: str) -> float:
     """Σ_z p(z) D(p, π_z) for kind reverse, forward or jsd."""
     m = (p + teachers) / 2
-    each = {"reverse": kl(p[None], teachers), "forward": kl(teachers, p[None] + 0 * teachers), "jsd": (kl(p[None] + 0 * m, m) + kl(teachers, m)) / 2}[kind]
+    p = p[None] + 0 * teachers  # [Z, A]
+    each = {"reverse": kl(p, teachers), "forward": kl(teachers, p), "jsd": (kl(p, m) + kl(teachers, m)) / 2}[kind]
     return float(p_z @ each)
 
 
@@ -82,8 +83,9 @@ if __name__ == "__main__":
     rows, sharpness = [], [0.0, 1.0, 2.0, 4.0, 8.0, 12.0]
     for s in sharpness:
         teachers = sharp_teachers(s)
-        rows.append([f"{s:g}", float(P_Z @ entropy(teachers)), float(entropy(reverse_pool(P_Z, teachers))), float(entropy(descend(P_Z, teachers, "reverse"))),
-                     float(entropy(descend(P_Z, teachers, "jsd"))), float(entropy(forward_pool(P_Z, teachers))), float(entropy(descend(P_Z, teachers, "forward")))])
+        students = (reverse_pool(P_Z, teachers), descend(P_Z, teachers, "reverse"), descend(P_Z, teachers, "jsd"),
+                    forward_pool(P_Z, teachers), descend(P_Z, teachers, "forward"))
+        rows.append([f"{s:g}", float(P_Z @ entropy(teachers)), *(float(entropy(p)) for p in students)])
     show(["sharpness", "teacher", "reverse pool", "descent", "JSD descent", "forward pool", "descent"], rows)
     print("\n  With sharp teachers reverse KL collapses onto the likeliest context's answer, forward KL keeps the H(A|X) of the teacher's mixture,"
           "\n  and JSD stops in between. With soft teachers the order is the other way round: the geometric mean of disagreeing teachers is the"
@@ -91,7 +93,8 @@ if __name__ == "__main__":
           "\n  the student only through the divergence and the sharpness.\n")
     rates = [0.0, 0.01, 0.05, 1.0]
     print("  Self-distillation, entropy after 2000 updates (log 4 = 1.386 at the start), by the teacher's EMA rate:\n")
-    show(["divergence", *(f"rate {r:g}" for r in rates)], [[k, *(float(feedback(k, r)[-1]) for r in rates)] for k in ("reverse", "jsd", "forward")])
+    show(["divergence", *(f"rate {r:g}" for r in rates)],
+         [[k, *(float(feedback(k, r)[-1]) for r in rates)] for k in ("reverse", "jsd", "forward")])
     print("\n  A frozen teacher pushes once. A teacher that follows the student pushes again and again, and reverse KL then ends at one answer:"
           "\n  the EMA rate sets the clock, not the destination. Forward KL loses entropy too, but comes to rest at a mixture.")
     save, axes = figure("collapse", 9.0, 3.6, panels=2)

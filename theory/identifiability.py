@@ -31,7 +31,8 @@ NAMED = {
     "a hint that helps": success_world([[0.4, 0.8]]),
     "half of the contexts give the answer away": success_world([[0.3, 1.0], [0.6, 1.0]]),
     # another answer under each context, both right half of the time: Z moves A, and R does not notice
-    "context moves the answer, not the success": World(np.ones(1), np.full((1, 2), 0.5), np.array([[[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]]),
+    "context moves the answer, not the success": World(np.ones(1), np.full((1, 2), 0.5),
+                                                       np.array([[[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]]),
                                                        np.array([[1.0, 0.0, 1.0, 0.0]])),
 }
 
@@ -48,6 +49,8 @@ if __name__ == "__main__":
     print(f"\n  1000 random worlds: another g(x) was worse in every one, by at least {min(gaps):.1e}.")
     print("\n  The bridge: teacher success .4 and .8 with equal odds, so g = .6. What each target costs at deployment (Brier):\n")
     show(["the student's μ(x)", "states 1.0", "states g = .6", "states its μ(x)"],
-         [[f"{mu:.1f}" + ("  (samples from the mixture)" if mu == 0.6 else ""), brier(1.0, mu), brier(0.6, mu), brier(mu, mu)] for mu in (0.2, 0.4, 0.6)])
+         [[f"{mu:.1f}" + ("  (samples from the mixture)" if mu == 0.6 else ""), brier(1.0, mu), brier(0.6, mu), brier(mu, mu)]
+           for mu in (0.2, 0.4, 0.6)])
     print("\n  Averaging the teacher's success over contexts is not enough: a student that never saw z and succeeds .2 of the time pays"
-          f"\n  {brier(0.6, 0.2):.2f} for stating .6, twice the {brier(0.2, 0.2):.2f} it pays for stating its own success rate, which only its own rollouts reveal.")
+          f"\n  {brier(0.6, 0.2):.2f} for stating .6, twice the {brier(0.2, 0.2):.2f} it pays for stating its own success rate, which only its own"
+          "\n  rollouts reveal.")

@@ -49,7 +49,8 @@ if __name__ == "__main__":
     print(f"\n  Equality: no selection (w constant: {optimism(p, mu, np.ones(4)):+.3f}), or success that does not depend on the context "
           f"({optimism(equal.p_z[0], equal.mu_teacher[0], np.arange(1.0, 4.0)):+.3f}).")
     world = success_world([mu.tolist()], [p.tolist()])
-    rows = [[f"{m:.2f}"] + [student_ocg(world, w[None], np.array([m])) for w in (np.ones(4), mu, best_of(p, mu, 16))] for m in (0.2, float((p * mu).sum()), 0.6)]
+    rows = [[f"{m:.2f}"] + [student_ocg(world, w[None], np.array([m])) for w in (np.ones(4), mu, best_of(p, mu, 16))]
+            for m in (0.2, float((p * mu).sum()), 0.6)]
     print("\n  OCG of a student that adopts the teacher's mean confidence, by its own success rate:\n")
     show(["the student's μ", "any context", "succeeded", "best of 16"], rows)
     print("\n  Selection alone makes the target optimistic by its covariance with success; a verified demonstration (μ_T = 1)"

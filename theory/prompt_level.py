@@ -48,7 +48,8 @@ if __name__ == "__main__":
     rows = []
     for name, values in WORLDS.items():
         mu, p = np.array(values), np.full(len(values), 1 / len(values))
-        rows.append([name, brier_floor(p, mu), expected_brier(p, mu, np.ones(len(mu))), spr_ceiling(p, mu), spr(p, mu, mu), spr(p, mu, np.ones(len(mu)))])
+        always = np.ones(len(mu))
+        rows.append([name, brier_floor(p, mu), expected_brier(p, mu, always), spr_ceiling(p, mu), spr(p, mu, mu), spr(p, mu, always)])
     show(["μ(x) of eight prompts", "Brier floor", "always 1.0", "SPR ceiling", "SPR of c = μ", "always 1.0"], rows)
     print("\n  Where prompts share a success rate, c = μ ties them and SPR pays: an arbitrary order among equals would score more, without meaning"
           "\n  anything. So SPR rewards confidences that are spread, and only differences between prompts of different success are real ones.\n")

@@ -33,7 +33,8 @@ def mu_hat(rng: np.random.Generator, answers: np.ndarray, rollouts: int) -> np.n
     return rng.binomial(rollouts, softmax(answers)[:, 0]) / rollouts
 
 
-def train(method: str, updates: int = 400, rollouts: int = 8, rate: float = 0.1, sharpness: float = 6.0, seed: int = 0) -> dict[str, np.ndarray]:
+def train(method: str, updates: int = 400, rollouts: int = 8, rate: float = 0.1, sharpness: float = 6.0,
+          seed: int = 0) -> dict[str, np.ndarray]:
     """Trains both heads; returns success μ(x) and mean confidence [updates, X], and answer entropy [updates]."""
     rng, (answers, confidence) = np.random.default_rng(seed), start()
     answer_teacher = softmax(answers + PUSH[:, None] * np.eye(ANSWERS)[0])
@@ -57,7 +58,8 @@ if __name__ == "__main__":
     for name, path in runs.items():
         for t in (0, 24, 99, 399):
             gap = path["confidence"][t] - path["mu"][t]
-            rows.append([f"{name}, update {t + 1}", path["mu"][t].mean(), path["confidence"][t].mean(), float(gap.mean()), float(np.abs(gap).mean()), path["entropy"][t]])
+            rows.append([f"{name}, update {t + 1}", path["mu"][t].mean(), path["confidence"][t].mean(), float(gap.mean()),
+                         float(np.abs(gap).mean()), path["entropy"][t]])
     show(["", "success μ", "confidence", "OCG", "mean |c − μ(x)|", "answer entropy"], rows)
     seeds = [train("caopd", seed=s) for s in range(20)]
     error = np.array([np.abs(p["confidence"][-100:] - p["mu"][-100:]).mean() for p in seeds])

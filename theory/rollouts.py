@@ -60,7 +60,8 @@ if __name__ == "__main__":
     print("  Confidence of the student at the minimum, teacher sharpness 12 (rows: K, columns: μ(x)):\n")
     mus, counts = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95), (1, 2, 4, 8, 16, 32)
     for kind in ("reverse", "forward"):
-        show([f"{kind} KL", *(f"μ = {m}" for m in mus)], [[f"K = {k}", *(student_confidence(k, m, 12.0, kind) for m in mus)] for k in counts])
+        show([f"{kind} KL", *(f"μ = {m}" for m in mus)],
+             [[f"K = {k}", *(student_confidence(k, m, 12.0, kind) for m in mus)] for k in counts])
         print()
     print("  Distance from μ over evenly spread success rates, and the bias where the student is mostly right (μ > 1/2):\n")
     rows = []
@@ -71,10 +72,12 @@ if __name__ == "__main__":
     print("\n  At K = 1 reverse KL rounds μ to 0 or 1: a student that is right more than half the time becomes certain. That is the paper's"
           "\n  ablation: small K stays overconfident, and from K = 8 on the mode of μ̂ is within 1/K of μ. The price of a large K is a pool that"
           "\n  needs a sharper teacher, since every single level becomes rare (compare the columns for sharpness 4 and 12).\n")
-    print(f"  The mode of μ̂ is at an end for μ < 1/(K+1) or μ > K/(K+1): at K = 8, {mode(8, 0.11):.2f} up to μ = .11 and {mode(8, 0.89):.2f} from .89 on.")
+    print("  The mode of μ̂ is at an end for μ < 1/(K+1) or μ > K/(K+1): "
+          f"at K = 8, {mode(8, 0.11):.2f} up to μ = .11 and {mode(8, 0.89):.2f} from .89 on.")
     print("  A student that has been driven to 0.00 comes back slowly, for the gradient of reverse KL carries its own vanished mass:\n")
     odds = (0.0, 4.0, 8.0, 12.0)
-    show(["updates until half the mass is on .88", *(f"log-odds {o:g}" for o in odds)], [[kind, *(slow_return(o, kind=kind) for o in odds)] for kind in ("reverse", "forward")])
+    show(["updates until half the mass is on .88", *(f"log-odds {o:g}" for o in odds)],
+         [[kind, *(slow_return(o, kind=kind) for o in odds)] for kind in ("reverse", "forward")])
     save, axes = figure("rollouts", 9.0, 3.6, panels=2)
     if save:
         grid = np.linspace(0.005, 0.995, 199)

@@ -29,7 +29,8 @@ def cell(width: int, seed: int, out: Path, device: str) -> dict:
     """results.json of one network: read where it is finished with these settings, else made."""
     directory = out / f"width{width}-seed{seed}"
     rate = 3e-3 * (128 / width) ** 0.5  # wider networks want smaller steps
-    args = caopd.parse_args([*SCHEDULE, "--width", str(width), "--seed", str(seed), "--sft-lr", str(rate), "--lr", str(rate / 10), "--out", str(directory), "--device", device])
+    args = caopd.parse_args([*SCHEDULE, "--width", str(width), "--seed", str(seed), "--sft-lr", str(rate), "--lr", str(rate / 10),
+                             "--out", str(directory), "--device", device])
     finished = directory / "results.json"
     if finished.exists():
         results, mine = json.loads(finished.read_text()), asdict(args)
@@ -63,14 +64,15 @@ if __name__ == "__main__":
         sys.exit(2)
     print("\n" + __doc__.split("\n\n")[0] + "\n")
     show(["width", "parameters", *(f"{caopd.NAMES[m]} {k}" for m in ("base", "opd", "caopd") for k in ("accuracy", "conf."))],
-         [[str(w), f"{parameters(w):,}", *(spread([r[m][k] for r in runs]) for m in ("base", "opd", "caopd") for k in ("accuracy", "mean_confidence"))]
+         [[str(w), f"{parameters(w):,}", *(spread([r[m][k] for r in runs]) for m in caopd.NAMES for k in ("accuracy", "mean_confidence"))]
           for w, runs in cells.items()])
     print("\n  Mean and standard deviation over seeds, on held-out questions.")
     save, axes = figure("scaling", 4.6, 4.2)
     if save:
         for method, marker in (("base", "o"), ("opd", "s"), ("caopd", "^")):
-            points = [(r[method]["accuracy"], r[method]["mean_confidence"], np.log2(w)) for w, runs in cells.items() for r in runs]
-            axes[0].scatter(*np.array(points)[:, :2].T, s=[6 * (p[2] - 2) ** 1.5 for p in points], marker=marker, alpha=0.7, label=caopd.NAMES[method])
+            points = [(r[method]["accuracy"], r[method]["mean_confidence"]) for runs in cells.values() for r in runs]
+            sizes = [6 * (np.log2(w) - 2) ** 1.5 for w, runs in cells.items() for _ in runs]
+            axes[0].scatter(*np.array(points).T, s=sizes, marker=marker, alpha=0.7, label=caopd.NAMES[method])
         axes[0].plot([0, 1], [0, 1], color="0.6", ls="--", lw=1)
         axes[0].set(xlabel="accuracy", ylabel="mean stated confidence", xlim=(0, 1), ylim=(0, 1.03), title="larger marks: wider networks")
         axes[0].legend(fontsize=8)
