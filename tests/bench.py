@@ -65,7 +65,9 @@ def memory_rate(device: torch.device) -> float:
 
 def peak_memory(device: torch.device) -> float:
     """Most bytes held so far: by the GPU's allocator, or by this process."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def show(head: list[str], rows: list[list]) -> None:
@@ -78,10 +80,13 @@ def show(head: list[str], rows: list[list]) -> None:
 # ----------------------------------------------------------------------------- the work, ours and the peers'
 
 def questions(flags) -> tuple[list[data.Example], int]:
-    """One step's prompts after another, and how many make a step: tool-use requests one by one, short sums four at a time."""
+    """The prompts of a step that is not counted and of the rounds that are, and how many make a step.
+
+    Tool-use requests one by one, of the quartiles' lengths in turn; or short sums in words, four at a time.
+    """
     if flags.prompts == "tool":
         examples = sorted(data.load_jsonl(flags.tool, "tool"), key=lambda example: len(example.question))
-        return [examples[len(examples) * i // 4] for i in (1, 2, 3, 2)], 1  # a short, a middling and a long one
+        return [examples[len(examples) * quarter // 4] for quarter in (2, *((1, 2, 3)[i % 3] for i in range(flags.rounds)))], 1
     return data.arithmetic_task(0, 8, words=True).draw(4 * (flags.rounds + 1), "bench", 0), 4
 
 
@@ -93,8 +98,8 @@ def endless(directory: str) -> data.Tokenizer:
 
 
 def settings(flags) -> caopd.Args:
-    return caopd.parse_args(["--model", flags.model, "--steps", str(flags.rounds + 1), "--rollouts", str(K), "--max-new-tokens", str(flags.new),
-                             "--device", flags.device, "--dtype", flags.dtype, "--lr", "1e-6", "--method", "opd"])
+    return caopd.parse_args(["--model", flags.model, "--steps", str(flags.rounds + 1), "--rollouts", str(K), "--lr", "1e-6",
+                             "--max-new-tokens", str(flags.new), "--device", flags.device, "--dtype", flags.dtype, "--method", "opd"])
 
 
 def teacher_text(example: data.Example) -> str:
@@ -105,8 +110,9 @@ def our_sampler(flags) -> list[float]:
     tokenizer, device = endless(flags.model), torch.device(flags.device)
     model = Transformer.from_pretrained(flags.model, getattr(torch, flags.dtype), device)
     examples, step = questions(flags)
-    prompts = [tokenizer.chat(data.student_messages(example, data.WORDS)) for example in examples]
-    return [seconds(lambda: generate(model, prompts[i:i + step], flags.new, num_samples=K), device, 1) for i in range(0, flags.rounds * step, step)]
+    prompts = [tokenizer.chat(data.student_messages(example, data.WORDS)) for example in examples[step:]]
+    return [seconds(lambda: generate(model, prompts[i:i + step], flags.new, num_samples=K), device, 1)
+            for i in range(0, len(prompts), step)]
 
 
 def their_sampler(flags) -> list[float]:
@@ -114,21 +120,22 @@ def their_sampler(flags) -> list[float]:
     device, tokenizer = torch.device(flags.device), AutoTokenizer.from_pretrained(flags.model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=getattr(torch, flags.dtype)).to(device)
     examples, step = questions(flags)
-    chats = [data.student_messages(example, data.WORDS) for example in examples]
+    chats = [data.student_messages(example, data.WORDS) for example in examples[step:]]
 
     def work(i: int):
-        batch = tokenizer.apply_chat_template(chats[i:i + step], add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True).to(device)
-        model.generate(**batch, do_sample=True, temperature=1.0, top_k=0, min_new_tokens=flags.new, max_new_tokens=flags.new, num_return_sequences=K)
-    return [seconds(lambda: work(i), device, 1) for i in range(0, flags.rounds * step, step)]
+        batch = tokenizer.apply_chat_template(chats[i:i + step], add_generation_prompt=True, padding=True, return_tensors="pt",
+                                              return_dict=True).to(device)
+        model.generate(**batch, do_sample=True, temperature=1.0, top_k=0, min_new_tokens=flags.new, max_new_tokens=flags.new,
+                       num_return_sequences=K)
+    return [seconds(lambda: work(i), device, 1) for i in range(0, len(chats), step)]
 
 
 def our_step(flags) -> list[float]:
-    args, (examples, step) = dataclasses.replace(settings(flags), prompts=questions(flags)[1]), questions(flags)
-    device = torch.device(flags.device)
-    task = data.Task(data.WORDS, lambda n, stage, i: [examples[(n * i + j) % len(examples)] for j in range(n)], [])
-    model = Transformer.from_pretrained(flags.model, getattr(torch, flags.dtype), device)
+    examples, step = questions(flags)
+    args = dataclasses.replace(settings(flags), prompts=step, save_every=10 ** 6)
+    task = data.Task(data.WORDS, lambda n, stage, i: examples[n * i:n * (i + 1)], [])
+    model = Transformer.from_pretrained(flags.model, getattr(torch, flags.dtype), flags.device)
     with tempfile.TemporaryDirectory() as out:
-        args = dataclasses.replace(args, save_every=10 ** 6)
         caopd.distill(model, endless(flags.model), task, "opd", args, Path(out))
         return [json.loads(line)["seconds"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()][1:]
 
@@ -145,19 +152,19 @@ def their_step(flags) -> list[float]:
 
         def on_step_end(self, *_, **__):
             taken.append(wait(torch.device(flags.device)) - self.began)
-    rows = [{"prompt": data.student_messages(example, data.WORDS), "privileged_context": teacher_text(example)}
-            for i in range(args.steps) for example in (examples[(step * i + j) % len(examples)] for j in range(step))]
+    rows = [{"prompt": data.student_messages(example, data.WORDS), "privileged_context": teacher_text(example)} for example in examples]
     with tempfile.TemporaryDirectory() as out:
         config = SDFTConfig(
             output_dir=out, max_steps=args.steps, per_device_train_batch_size=step * K, num_generations=K, max_prompt_length=None,
             max_completion_length=flags.new, generation_kwargs={"min_new_tokens": flags.new}, temperature=1.0, top_k=0, top_p=1.0,
             distillation_mode="full_logits", distillation_alpha=1.0, num_loss_tokens_to_skip=0, teacher_model_kind="ema",
-            teacher_update_rate=args.teacher_rate, teacher_sync_steps=1, teacher_prompt_template="{privileged_context}", learning_rate=args.lr,
-            bf16=False, gradient_checkpointing=flags.trl_checkpointing, shuffle_dataset=False, report_to=[], save_strategy="no", logging_strategy="no",
-            disable_tqdm=True, use_cpu=flags.device == "cpu")
+            teacher_update_rate=args.teacher_rate, teacher_sync_steps=1, teacher_prompt_template="{privileged_context}",
+            learning_rate=args.lr,
+            bf16=False, gradient_checkpointing=flags.trl_checkpointing, shuffle_dataset=False, report_to=[], save_strategy="no",
+            logging_strategy="no", disable_tqdm=True, use_cpu=flags.device == "cpu")
         model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=getattr(torch, flags.dtype))
-        SDFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(flags.model, padding_side="left"),
-                    callbacks=[Clock()]).train()
+        tokenizer = AutoTokenizer.from_pretrained(flags.model, padding_side="left")
+        SDFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()]).train()
     return taken[1:]
 
 
@@ -168,11 +175,12 @@ JOBS = {"our sampler": our_sampler, "transformers": their_sampler, "our step": o
 
 def child(flags, job: str) -> dict | None:
     """Runs a job in a process of its own; None, with one sentence, where its library is missing."""
-    command = [sys.executable, __file__, "peers", "--job", job] + [str(part) for name in ("model", "tool", "device", "dtype", "rounds", "new", "prompts")
-                                                                   for part in (f"--{name}", getattr(flags, name))]
+    names = ("model", "tool", "device", "dtype", "rounds", "new", "prompts")
+    command = [sys.executable, __file__, "peers", "--job", job, *(str(part) for name in names for part in (f"--{name}", getattr(flags, name)))]
     done = subprocess.run(command + ["--trl-checkpointing"] * flags.trl_checkpointing, capture_output=True, text=True)
     if done.returncode:
-        print(f"{job}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'failed'} (pip install transformers trl datasets)", file=sys.stderr)
+        reason = (done.stderr.strip().splitlines() or ["failed"])[-1]
+        print(f"{job}: {reason} (the peers need pip install transformers trl datasets)", file=sys.stderr)
         return None
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -183,8 +191,9 @@ def useful_operations(flags) -> tuple[float, float]:
     with torch.device("meta"):
         layers = sum(p.numel() for p in Transformer(config).model.layers.parameters())
     head, rollouts, steps = config.vocab_size * config.hidden_size, [], []
-    for example in examples:
-        student, teacher = (len(tokenizer.chat(m)) for m in (data.student_messages(example, data.WORDS), [{"role": "user", "content": teacher_text(example)}]))
+    for example in examples[step:]:
+        chats = data.student_messages(example, data.WORDS), [{"role": "user", "content": teacher_text(example)}]
+        student, teacher = (len(tokenizer.chat(chat)) for chat in chats)
         new = K * flags.new
         rollouts.append(2 * (layers * (student + new) + head * new))
         steps.append(rollouts[-1] + 2 * (layers * (3 * (student + new) + teacher + new) + head * 4 * new))
@@ -196,13 +205,15 @@ def peers(flags) -> None:
     print(f"{flags.device}, {flags.dtype}, {torch.get_num_threads()} threads, matrix products at {rate / 1e9:.0f} GFLOP/s; median of {flags.rounds} rounds\n")
     for flags.prompts, flags.new in (("tool", 64), ("short", 16)):
         prompts, new = questions(flags)[1], flags.new
-        for work, (ours, theirs), operations in zip(("sampler", "training step"), (("our sampler", "transformers"), ("our step", "TRL")), useful_operations(flags)):
+        jobs = ("sampler", "our sampler", "transformers"), ("training step", "our step", "TRL")
+        for (work, ours, theirs), operations in zip(jobs, useful_operations(flags)):
             results = {job: child(flags, job) for job in (ours, theirs)}
             rows, mine = [], results[ours]
-            for job, result in results.items():
-                if result:
-                    rows.append([job, f"{result['seconds']:.2f}", f"{prompts * K * new / result['seconds']:.0f}", f"{result['memory'] / 2 ** 30:.2f}",
-                                 f"{operations / result['seconds'] / rate:.0%}", f"{result['seconds'] / mine['seconds']:.2f}", f"{result['memory'] / mine['memory']:.2f}"])
+            for job, its in results.items():
+                if its and mine:
+                    rows.append([job, f"{its['seconds']:.2f}", f"{prompts * K * new / its['seconds']:.0f}", f"{its['memory'] / 2 ** 30:.2f}",
+                                 f"{operations / its['seconds'] / rate:.0%}", f"{its['seconds'] / mine['seconds']:.2f}",
+                                 f"{its['memory'] / mine['memory']:.2f}"])
             print(f"{work}, {flags.prompts} prompts: {prompts} x {K} completions of {new} tokens")
             show(["", "seconds", "new tokens/s", "peak GiB", "of matrix rate", "seconds / ours", "memory / ours"], rows)
 
@@ -225,12 +236,15 @@ def law(flags) -> None:
     model = Transformer.from_pretrained(flags.model, getattr(torch, flags.dtype), flags.device)
     args, new = settings(flags), flags.new
     random_step(model, 64, 2, 4, args, model)
-    for title, cases in ((f"K at P = 512, C = {new}", [(512, k) for k in (1, 2, 4, 8, 16)]), (f"P at K = {K}, C = {new}", [(p, K) for p in (128, 256, 512, 1024, 2048)])):
+    for title, cases in ((f"K at P = 512, C = {new}", [(512, k) for k in (1, 2, 4, 8, 16)]),
+                         (f"P at K = {K}, C = {new}", [(p, K) for p in (128, 256, 512, 1024, 2048)])):
         rows = []
         for prompt, samples in cases:
-            rollout, update = map(statistics.median, zip(*(random_step(model, prompt, samples, new, args, model) for _ in range(flags.rounds))))
+            runs = [random_step(model, prompt, samples, new, args, model) for _ in range(flags.rounds)]
+            rollout, update = map(statistics.median, zip(*runs))
             ours, copies = prompt + samples * new, samples * (prompt + new)
-            rows.append([f"P = {prompt}, K = {samples}", ours, copies, f"{rollout:.2f}", f"{update:.2f}", f"{1000 * update / ours:.1f}", f"{1000 * update / copies:.1f}"])
+            rows.append([f"P = {prompt}, K = {samples}", ours, copies, f"{rollout:.2f}", f"{update:.2f}", f"{1000 * update / ours:.1f}",
+                         f"{1000 * update / copies:.1f}"])
         print(title)
         show(["", "P + K·C", "K·(P + C)", "rollout s", "loss and gradient s", "ms / (P + K·C)", "ms / K·(P + C)"], rows)
 
@@ -244,9 +258,10 @@ def shapes(flags) -> None:
     rate, bandwidth, rows = matrix_rate(dtype, device), memory_rate(device), []
     for name in flags.sizes:
         hidden, inner, layers, heads, tied = QWEN3[name]
-        config = Config("qwen3", 151936, hidden, inner, layers, heads, 8, 128, max_position_embeddings=40960, rope_theta=1e6, tie_word_embeddings=tied)
-        args = caopd.parse_args(["--rollouts", str(K), "--max-new-tokens", str(flags.new), "--dtype", flags.dtype, "--recompute", "--micro-tokens", "1",
-                                 *(["--rounding", "stochastic"] if flags.dtype == "bfloat16" else [])])
+        config = Config("qwen3", 151936, hidden, inner, layers, heads, 8, 128, max_position_embeddings=40960, rope_theta=1e6,
+                        tie_word_embeddings=tied)
+        args = caopd.parse_args(["--rollouts", str(K), "--max-new-tokens", str(flags.new), "--dtype", flags.dtype, "--recompute",
+                                 "--micro-tokens", "1", "--rounding", "stochastic"])
         needed = sum(caopd.memory_needed(config, flags.prompt + K * flags.new, args).values())
         if needed > caopd.memory_free(device):
             rows.append([name, f"{needed / 2 ** 30:.0f}", *["does not fit"] + [""] * 5])
@@ -260,13 +275,15 @@ def shapes(flags) -> None:
         for _ in range(flags.rounds + 1):  # the last one counts
             sampling, update = random_step(model, flags.prompt, K, flags.new, args, teacher)
             generator = torch.Generator(device).manual_seed(0)
-            update += seconds(lambda: (optimizer.step(generator), caopd.ema_update(list(teacher.parameters()), optimizer.weights, 0.01, generator)), device, 1)
+            averages = list(teacher.parameters())
+            update += seconds(lambda: (optimizer.step(generator), caopd.ema_update(averages, optimizer.weights, 0.01, generator)), device, 1)
         size, tokens = dtype.itemsize, flags.prompt + K * flags.new
         cache = 2 * layers * 8 * 128 * (flags.prompt + K * flags.new / 2)  # numbers that a decode step reads on average
         read = flags.new * size * (weights + cache)
-        rows.append([name, f"{needed / 2 ** 30:.0f}", f"{peak_memory(device) / 2 ** 30:.0f}", f"{sampling:.1f}", f"{K * flags.new / sampling:.0f}",
-                     f"{read / sampling / bandwidth:.0%}", f"{update:.1f}", f"{2 * weights * 4 * tokens / update / rate:.0%}"])
-        del model, teacher, optimizer
+        rows.append([name, f"{needed / 2 ** 30:.0f}", f"{peak_memory(device) / 2 ** 30:.0f}", f"{sampling:.1f}",
+                     f"{K * flags.new / sampling:.0f}", f"{read / sampling / bandwidth:.0%}", f"{update:.1f}",
+                     f"{2 * weights * 4 * tokens / update / rate:.0%}"])
+        del model, teacher, optimizer, averages
     print(f"{flags.device}, {flags.dtype}: matrix products at {rate / 1e12:.1f} TFLOP/s, reading at {bandwidth / 1e9:.0f} GB/s; "
           f"one prompt, P = {flags.prompt}, K = {K}, C = {flags.new}\n")
     show(["Qwen3-", "estimated GiB", "peak GiB", "rollout s", "tokens/s", "of bandwidth", "update s", "of matrix rate"], rows)
