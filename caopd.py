@@ -757,6 +757,69 @@ def draw(results: dict, path: Path) -> None:
     plt.close(figure)
 
 
+# ----------------------------------------------------------------------------- what fits
+
+def layer_bytes(config: Config, longest: int, args: Args) -> float:
+    """What one layer keeps of a token for its gradient; `longest` is the tokens of a prompt with its K completions."""
+    heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    # attention gathers K · (P + C) keys for the P + K · C tokens
+    repeated = args.rollouts * (longest - (args.rollouts - 1) * args.max_new_tokens) / longest
+    numbers = 6 * config.hidden_size + 4 * config.intermediate_size + 5 * heads + (8 + 2 * repeated) * keys
+    norms = 2 * config.hidden_size + heads + keys  # they are computed in float32
+    return 4 * numbers if args.dtype == "float32" else 2 * (numbers + norms)
+
+
+def memory_needed(config: Config, longest: int, args: Args) -> dict[str, float]:
+    """Bytes a distillation step will hold on the device, by purpose, `longest` as above. Fragmentation comes on top."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    weights, layers = (sum(p.numel() for p in part.parameters()) for part in (model, model.model.layers))
+    size = 2 if args.dtype == "bfloat16" else 4
+    copy = 4 if size == 2 and args.rounding == "nearest" else 0  # bytes of a float32 copy, where there is one
+    resident = weights - layers if args.teacher_device == "cpu" else weights  # the teacher's weights that stay on the device
+    tokens, layer = max(args.micro_tokens, longest), layer_bytes(config, longest, args)
+    kept = config.num_hidden_layers * size * config.hidden_size + layer if args.recompute else config.num_hidden_layers * layer
+    cache = 2 * size * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # keys and values of a token
+    losing, sampling = tokens * kept + 6 * 4 * CHUNK, max(SAMPLING * args.micro_tokens, longest) * cache + tokens * layer
+    updating = (0 if size == 4 else 16) * config.vocab_size * config.hidden_size  # float32 copies of the largest tensor
+    return {"weights, gradient and optimizer": weights * (size + copy + (copy or size) + 8), "teacher": resident * (size + copy),
+            "working memory": max(losing, sampling, updating)}
+
+
+def memory_free(device: torch.device) -> float:
+    """Bytes that can still be had: of the GPU's own memory, or of main memory; infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return math.inf
+
+
+def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args, device: torch.device) -> None:
+    """Prints what the run will need and what there is; refuses one that cannot fit, and names the flags that help."""
+    def teacher_tokens(example: Example) -> int:
+        return len(tokenizer.chat(data.teacher_messages(example, task.wording, data.stated(example.demo, 1.0), report=1.0)))
+
+    longest = max(map(teacher_tokens, task.draw(64, "memory", 0))) + args.rollouts * args.max_new_tokens
+    parts, free = memory_needed(config, longest, args), memory_free(device)
+    needed = sum(parts.values())
+    shown = ", ".join(f"{name} {size / 2 ** 30:.1f}" for name, size in parts.items())
+    print(f"Memory: about {needed / 2 ** 30:.1f} GiB needed on {device} ({shown}), {free / 2 ** 30:.1f} free.")
+    if needed <= free:
+        return
+    remedies = {"--recompute": {"recompute": True}, f"--micro-tokens {longest}": {"micro_tokens": longest},
+                "--dtype bfloat16 --rounding stochastic": {"dtype": "bfloat16", "rounding": "stochastic"},
+                "--teacher-device cpu": {"teacher_device": "cpu"}}
+    offers = [(sum(memory_needed(config, longest, dataclasses.replace(args, **change)).values()), name)
+              for name, change in remedies.items() if device.type == "cuda" or name != "--teacher-device cpu"]
+    helps = ", ".join(f"{name} {size / 2 ** 30:.1f} GiB" for size, name in sorted(offers) if size < 0.99 * needed)
+    raise UsageError(f"--model {args.model}: a step needs about {needed / 2 ** 30:.1f} GiB on {device} ({shown}), and "
+                     f"{free / 2 ** 30:.1f} are free. What each of these alone would bring it to: "
+                     f"{helps or 'no flag helps, take a smaller model'}")
+
+
 # ----------------------------------------------------------------------------- main
 
 class Parser(argparse.ArgumentParser):
@@ -903,65 +966,6 @@ def toy_config(args: Args, tokenizer: Tokenizer) -> Config:
                   intermediate_size=11 * args.width // 4, num_hidden_layers=args.layers, num_attention_heads=4,
                   num_key_value_heads=4, head_dim=args.width // 4, max_position_embeddings=128, tie_word_embeddings=True,
                   eos_token_id=end, pad_token_id=end)
-
-
-def layer_bytes(config: Config, longest: int, args: Args) -> float:
-    """What one layer keeps of a token for its gradient; `longest` is the tokens of a prompt with its K completions."""
-    heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    # attention gathers K · (P + C) keys for the P + K · C tokens
-    repeated = args.rollouts * (longest - (args.rollouts - 1) * args.max_new_tokens) / longest
-    numbers = 6 * config.hidden_size + 4 * config.intermediate_size + 5 * heads + (8 + 2 * repeated) * keys
-    norms = 2 * config.hidden_size + heads + keys  # they are computed in float32
-    return 4 * numbers if args.dtype == "float32" else 2 * (numbers + norms)
-
-
-def memory_needed(config: Config, longest: int, args: Args) -> dict[str, float]:
-    """Bytes a distillation step will hold on the device, by purpose, `longest` as above. Fragmentation comes on top."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    weights, layers = (sum(p.numel() for p in part.parameters()) for part in (model, model.model.layers))
-    size = 2 if args.dtype == "bfloat16" else 4
-    copy = 4 if size == 2 and args.rounding == "nearest" else 0  # bytes of a float32 copy, where there is one
-    resident = weights - layers if args.teacher_device == "cpu" else weights  # the teacher's weights that stay on the device
-    tokens, layer = max(args.micro_tokens, longest), layer_bytes(config, longest, args)
-    kept = config.num_hidden_layers * size * config.hidden_size + layer if args.recompute else config.num_hidden_layers * layer
-    cache = 2 * size * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # keys and values of a token
-    return {"weights, gradient and optimizer": weights * (size + copy + (copy or size) + 8), "teacher": resident * (size + copy),
-            "working memory": max(tokens * kept + 6 * 4 * CHUNK, SAMPLING * tokens * cache + tokens * layer)}
-
-
-def memory_free(device: torch.device) -> float:
-    """Bytes that can still be had: of the GPU's own memory, or of main memory; infinite where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return math.inf
-
-
-def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args, device: torch.device) -> None:
-    """Prints what the run will need and what there is; refuses one that cannot fit, and names the flags that help."""
-    def teacher_tokens(example: Example) -> int:
-        return len(tokenizer.chat(data.teacher_messages(example, task.wording, data.stated(example.demo, 1.0), report=1.0)))
-
-    longest = max(map(teacher_tokens, task.draw(64, "memory", 0))) + args.rollouts * args.max_new_tokens
-    parts, free = memory_needed(config, longest, args), memory_free(device)
-    needed = sum(parts.values())
-    shown = ", ".join(f"{name} {size / 2 ** 30:.1f}" for name, size in parts.items())
-    print(f"Memory: about {needed / 2 ** 30:.1f} GiB needed on {device} ({shown}), {free / 2 ** 30:.1f} free.")
-    if needed <= free:
-        return
-    remedies = {"--recompute": {"recompute": True}, f"--micro-tokens {longest}": {"micro_tokens": longest},
-                "--dtype bfloat16 --rounding stochastic": {"dtype": "bfloat16", "rounding": "stochastic"},
-                "--teacher-device cpu": {"teacher_device": "cpu"}}
-    offers = [(sum(memory_needed(config, longest, dataclasses.replace(args, **change)).values()), name)
-              for name, change in remedies.items() if device.type == "cuda" or name != "--teacher-device cpu"]
-    helps = ", ".join(f"{name} {size / 2 ** 30:.1f} GiB" for size, name in sorted(offers) if size < 0.99 * needed)
-    raise UsageError(f"--model {args.model}: a step needs about {needed / 2 ** 30:.1f} GiB on {device} ({shown}), and "
-                     f"{free / 2 ** 30:.1f} are free. What each of these alone would bring it to: "
-                     f"{helps or 'no flag helps, take a smaller model'}")
 
 
 def newborn(config: Config, args: Args, device: torch.device) -> Transformer:
