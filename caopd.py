@@ -777,10 +777,11 @@ def memory_needed(config: Config, longest: int, args: Args) -> dict[str, float]:
     size = 2 if args.dtype == "bfloat16" else 4
     copy = 4 if size == 2 and args.rounding == "nearest" else 0  # bytes of a float32 copy, where there is one
     resident = weights - layers if args.teacher_device == "cpu" else weights  # the teacher's weights that stay on the device
-    tokens, layer = max(args.micro_tokens, longest), layer_bytes(config, longest, args)
+    step = longest * max(args.prompts, args.sft_documents if args.sft_steps else 0)  # at most
+    tokens, layer = max(longest, min(args.micro_tokens, step)), layer_bytes(config, longest, args)
     kept = config.num_hidden_layers * size * config.hidden_size + layer if args.recompute else config.num_hidden_layers * layer
     cache = 2 * size * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # keys and values of a token
-    losing, sampling = tokens * kept + 6 * 4 * CHUNK, max(SAMPLING * args.micro_tokens, longest) * cache + tokens * layer
+    losing, sampling = tokens * kept + 6 * 4 * CHUNK, max(longest, min(SAMPLING * args.micro_tokens, step)) * cache + tokens * layer
     updating = (0 if size == 4 else 16) * config.vocab_size * config.hidden_size  # float32 copies of the largest tensor
     return {"weights, gradient and optimizer": weights * (size + copy + (copy or size) + 8), "teacher": resident * (size + copy),
             "working memory": max(losing, sampling, updating)}
