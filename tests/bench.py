@@ -102,8 +102,10 @@ def settings(flags) -> caopd.Args:
                              "--max-new-tokens", str(flags.new), "--device", flags.device, "--dtype", flags.dtype, "--method", "opd"])
 
 
-def teacher_text(example: data.Example) -> str:
-    return data.teacher_messages(example, data.WORDS, data.stated(example.demo, 1.0))[-1]["content"]
+def privileged(example: data.Example) -> str:
+    """What the teacher's message adds to the student's."""
+    teacher = data.teacher_messages(example, data.WORDS, data.stated(example.demo, 1.0))[-1]["content"]
+    return teacher.removeprefix(data.student_messages(example, data.WORDS)[-1]["content"])
 
 
 def our_sampler(flags) -> list[float]:
@@ -152,13 +154,13 @@ def their_step(flags) -> list[float]:
 
         def on_step_end(self, *_, **__):
             taken.append(wait(torch.device(flags.device)) - self.began)
-    rows = [{"prompt": data.student_messages(example, data.WORDS), "privileged_context": teacher_text(example)} for example in examples]
+    rows = [{"prompt": data.student_messages(example, data.WORDS), "privileged_context": privileged(example)} for example in examples]
     with tempfile.TemporaryDirectory() as out:
         config = SDFTConfig(
             output_dir=out, max_steps=args.steps, per_device_train_batch_size=step * K, num_generations=K, max_prompt_length=None,
             max_completion_length=flags.new, generation_kwargs={"min_new_tokens": flags.new}, temperature=1.0, top_k=0, top_p=1.0,
             distillation_mode="full_logits", distillation_alpha=1.0, num_loss_tokens_to_skip=0, teacher_model_kind="ema",
-            teacher_update_rate=args.teacher_rate, teacher_sync_steps=1, teacher_prompt_template="{privileged_context}",
+            teacher_update_rate=args.teacher_rate, teacher_sync_steps=1, teacher_prompt_template="{prompt}{privileged_context}",
             learning_rate=args.lr,
             bf16=False, gradient_checkpointing=flags.trl_checkpointing, shuffle_dataset=False, report_to=[], save_strategy="no",
             logging_strategy="no", disable_tqdm=True, use_cpu=flags.device == "cpu")
@@ -192,7 +194,7 @@ def useful_operations(flags) -> tuple[float, float]:
         layers = sum(p.numel() for p in Transformer(config).model.layers.parameters())
     head, rollouts, steps = config.vocab_size * config.hidden_size, [], []
     for example in examples[step:]:
-        chats = data.student_messages(example, data.WORDS), [{"role": "user", "content": teacher_text(example)}]
+        chats = data.student_messages(example, data.WORDS), data.teacher_messages(example, data.WORDS, data.stated(example.demo, 1.0))
         student, teacher = (len(tokenizer.chat(chat)) for chat in chats)
         new = K * flags.new
         rollouts.append(2 * (layers * (student + new) + head * new))
