@@ -128,7 +128,7 @@ class Args:
 
 
 DEFAULTS = {  # field: (embedded world, --model)
-    "steps": (200, 100), "prompts": (24, 32), "lr": (3e-4, 1e-5), "teacher_rate": (0.005, 0.01),
+    "steps": (300, 100), "prompts": (16, 32), "lr": (3e-4, 1e-5), "teacher_rate": (0.0035, 0.01),
     "sft_steps": (900, 0), "sft_documents": (128, 32), "sft_lr": (3e-3, 2e-4), "sft_noise": (0.25, 0.2),
     "sft_answers": (0.6, 0.0), "max_new_tokens": (16, 1024), "eval_questions": (2000, 500), "micro_tokens": (16384, 4096)}
 
