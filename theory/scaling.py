@@ -22,7 +22,8 @@ import data
 from model import Transformer
 from worlds import figure, show
 
-SCHEDULE = ["--sft-steps", "700", "--steps", "150", "--prompts", "24", "--eval-questions", "1000"]
+SCHEDULE = ["--sft-steps", "700", "--steps", "150", "--prompts", "24", "--teacher-rate", "0.005",
+            "--eval-questions", "1000"]
 
 
 def cell(width: int, seed: int, out: Path, device: str) -> dict:
