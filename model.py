@@ -325,9 +325,10 @@ class Transformer(nn.Module):
         """Final hidden states [T, D] of the flat tokens input_ids [T] at positions [T]; `attend` is the file's one idea."""
         x = self.model.embed_tokens(input_ids)
         rope = rope_tables(self.config, positions, x.dtype)
-        for i, layer in enumerate(self.model.layers):
-            window = self.config.window(i)
-            inputs = x, rope[window is not None], partial(attend, i, window)
+        windows = [self.config.window(layer) for layer in range(self.config.num_hidden_layers)]
+        masks = {window: attend.mask(window, x.dtype) for window in set(windows)}
+        for i, (layer, window) in enumerate(zip(self.model.layers, windows)):
+            inputs = x, rope[window is not None], partial(attend, i, masks[window])
             x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else layer(*inputs)
         return self.model.norm(x)
 
@@ -444,10 +445,12 @@ def key_positions(lengths: Tensor, width: int, own: int) -> Tensor:
     return torch.cat([torch.where(prompt < lengths[:, None], prompt, NEVER), lengths[:, None] + later], dim=1)
 
 
-def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Which keys at positions [N, S] the queries at positions [N, Q] see: the past, or a window of it. Bool [N, Q, S]."""
+def visible(queries: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """What to add to the scores [N, Q, S] of queries and keys at positions [N, Q] and [N, S]: 0 for the past, or a window
+    of it, and −∞ for the rest."""
     age = queries[:, :, None] - keys[:, None]
-    return age >= 0 if window is None else (age >= 0) & (age < window)
+    seen = age >= 0 if window is None else (age >= 0) & (age < window)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
 
 
 class Packed:
@@ -459,13 +462,15 @@ class Packed:
         self.positions = torch.tensor([t for n in lengths for t in range(n)], device=device)  # [T]
         self.kept = [] if keep else None  # per layer: keys, values [B, G, P, d]
 
-    def __call__(self, layer: int, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """[1, P, P], or None where attention is causal and nothing more."""
+        steps = torch.arange(self.index.shape[1], device=self.index.device)[None]
+        return None if window is None or window >= steps.shape[1] else visible(steps, steps, window, dtype)
+
+    def __call__(self, layer: int, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (gather(x, self.index) for x in (q, k, v))
         if self.kept is not None:
             self.kept.append((k, v))
-        mask, steps = None, torch.arange(self.index.shape[1], device=q.device)[None]
-        if window is not None and window < steps.shape[1]:
-            mask = visible(steps, steps, window)
         # padding stands on the right, where causal attention never looks
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return scatter(out, self.flat)
@@ -503,61 +508,68 @@ class Tree:
             width, length = self.branch.shape[1], torch.tensor(lengths, device=device)[self.owner]  # C, [N]
             self.queries = length[:, None] + torch.arange(width, device=device)  # [N, C]
             self.keys = key_positions(length, max(lengths), width)  # [N, P + C]
-            self.mask = visible(self.queries, self.keys, None)
 
-    def __call__(self, layer: int, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        prompt = self.prompts(layer, window, q[:self.tokens], k[:self.tokens], v[:self.tokens])
+    def mask(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Of the prompts, and of the completions [N, C, P + C]."""
+        branch = None if self.branch is None else visible(self.queries, self.keys, window, dtype)
+        return self.prompts.mask(window, dtype), branch
+
+    def __call__(self, layer: int, masks: tuple[Tensor | None, Tensor | None], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        prompt = self.prompts(layer, masks[0], q[:self.tokens], k[:self.tokens], v[:self.tokens])
         if self.branch is None:
             return prompt
         shared = self.prompts.index[self.owner]  # [N, P]: gathering repeats the keys, and sums their gradients
         index = torch.cat([shared, self.branch], dim=1)  # [N, P + C]
-        mask = self.mask if window is None else visible(self.queries, self.keys, window)
         # the heads that share keys stand below each other as more queries, which every kernel knows how to do
         repeat = q.shape[1] // k.shape[1]
         queries = gather(q, self.branch).unflatten(1, (-1, repeat)).flatten(2, 3)  # [N, G, H/G · C, d]
         out = F.scaled_dot_product_attention(queries, gather(k, index), gather(v, index),
-                                             attn_mask=mask.repeat(1, repeat, 1)[:, None])
+                                             attn_mask=masks[1].repeat(1, repeat, 1)[:, None])
         return torch.cat([prompt, scatter(out.unflatten(2, (repeat, -1)).flatten(1, 2), self.flat)])
 
 
 class Decode:
     """The cache of the sampler: a prompt's keys once for all its samples, and room for every token to come.
 
-    Each row's attention is a softmax over two products: with the keys of its prompt, computed for all its samples at
-    once, and with its own. Finished rows are dropped, and so are prompts without a row.
+    Rows stand by prompt, [B, K], padded where a prompt has fewer left than another. Their attention is a softmax over two
+    products: with the keys of the prompt, for all its rows at once, and with each row's own. Finished rows are dropped,
+    and so are prompts without a row.
     """
 
     def __init__(self, prefill: Packed, lengths: list[int], samples: int, room: int):
         device = prefill.index.device
         self.prompt, prefill.kept = prefill.kept, []  # L x (keys, values) [B, G, P, d]
-        rows, (_, heads, width, size) = len(lengths) * samples, self.prompt[0][0].shape
-        self.own = [tuple(x.new_zeros(rows, heads, room, size) for x in pair) for pair in self.prompt]  # L x 2 x [N, G, room, d]
+        _, heads, width, size = self.prompt[0][0].shape
+        self.own = [tuple(x.new_zeros(len(lengths), heads, samples, room, size) for x in pair)
+                    for pair in self.prompt]  # L x 2 x [B, G, K, room, d]
         self.owner = torch.arange(len(lengths), device=device).repeat_interleave(samples)  # [N]: the prompt of each row
         self.positions = torch.tensor(lengths, device=device)[self.owner]  # [N]: of the token that comes next
         self.slot = torch.zeros(1, dtype=torch.long, device=device)  # where its keys go, the same for every row
         self.keys = key_positions(self.positions, width, room)  # [N, P + room]
         self.used, self.end, self.step = 0, 0, None
-        self.group_rows()
+        self.place_rows()
 
-    def group_rows(self) -> None:
-        """Where each prompt's rows stand, and back: index [B, K] and flat [N], padded like the sequences of Packed."""
+    def place_rows(self) -> None:
+        """Which row stands where, and back: index [B, K] and flat [N], padded like the sequences of Packed."""
         counts = self.owner.bincount().tolist()
         self.index = padded_index(counts, list(accumulate(counts, initial=0))[:-1], self.owner.device)
         self.flat = unpadded(counts, self.owner.device)
 
     def keep(self, rows: Tensor) -> None:
         """Drops every row but `rows` [N'], layer by layer, so that only one layer is ever held twice."""
+        old, samples = self.flat[rows], self.index.shape[1]
         prompts, self.owner = self.owner[rows].unique(return_inverse=True)
+        self.positions, self.keys, self.step = self.positions[rows], self.keys[rows], None
+        self.place_rows()
+        b, k = old[self.index] // samples, old[self.index] % samples  # [B', K']
         for layer, (prompt, own) in enumerate(zip(self.prompt, self.own)):
-            self.own[layer] = tuple(x[rows] for x in own)
+            self.own[layer] = tuple(x[b, :, k].transpose(1, 2).contiguous() for x in own)
             if len(prompts) < len(prompt[0]):
                 self.prompt[layer] = tuple(x[prompts] for x in prompt)
-        self.positions, self.keys, self.step = self.positions[rows], self.keys[rows], None
-        self.group_rows()
 
     def advance(self, model: Transformer, tokens: Tensor) -> Tensor:
         """Appends tokens [N]; returns the logits [N, V] of their successors."""
-        end = min(self.own[0][0].shape[2], (self.used // STEPS + 1) * STEPS)  # shapes stay the same for STEPS tokens
+        end = min(self.own[0][0].shape[3], (self.used // STEPS + 1) * STEPS)  # shapes stay the same for STEPS tokens
         if self.step is None or end != self.end:
             self.end = end
             self.step = recorded(lambda tokens: model.logits(model.hidden(tokens, self.positions, self)), tokens)
@@ -566,26 +578,24 @@ class Decode:
         self.slot.add_(1), self.positions.add_(1)
         return logits
 
-    def __call__(self, layer: int, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[B, 1, K, 1, P + C]"""
+        width = self.prompt[0][0].shape[2] + self.end
+        return visible(self.positions[:, None], self.keys[:, :width], window, dtype)[self.index][:, None]
+
+    def __call__(self, layer: int, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (prompt_keys, prompt_values), (keys, values) = self.prompt[layer], self.own[layer]
-        keys.index_copy_(2, self.slot, k[:, :, None])
-        values.index_copy_(2, self.slot, v[:, :, None])
-        keys, values = keys[:, :, :self.end], values[:, :, :self.end]
-        width, repeat = prompt_keys.shape[2], q.shape[1] // k.shape[1]
-        q = q.unflatten(1, (-1, repeat)) / q.shape[-1] ** 0.5  # [N, G, R, d], R = H/G queries to a key
-        scores = torch.cat([self.ungroup(self.group(q) @ prompt_keys.mT, repeat), q @ keys.mT], dim=-1)  # [N, G, R, P + C]
-        seen = visible(self.positions[:, None], self.keys[:, :width + self.end], window)[:, None]  # [N, 1, 1, P + C]
-        weights = scores.masked_fill_(~seen, -torch.inf).softmax(-1)
-        out = self.ungroup(self.group(weights[..., :width]) @ prompt_values, repeat) + weights[..., width:] @ values
-        return out.flatten(1, 2)  # [N, H, d]
-
-    def group(self, x: Tensor) -> Tensor:
-        """[N, G, R, d] -> [B, G, K · R, d]: the rows of a prompt together."""
-        return gather(x.flatten(2), self.index).unflatten(3, x.shape[2:]).flatten(2, 3)
-
-    def ungroup(self, x: Tensor, repeat: int) -> Tensor:
-        """[B, G, K · R, d] -> [N, G, R, d]."""
-        return scatter(x.unflatten(2, (-1, repeat)).flatten(3), self.flat).unflatten(2, (repeat, -1))
+        width, repeat = prompt_keys.shape[2], q.shape[1] // k.shape[1]  # P, R = H/G queries to a key
+        q, k, v = (gather(x, self.index) for x in (q / q.shape[-1] ** 0.5, k, v))  # [B, H, K, d], twice [B, G, K, d]
+        keys.index_copy_(3, self.slot, k[:, :, :, None])
+        values.index_copy_(3, self.slot, v[:, :, :, None])
+        keys, values = keys[..., :self.end, :], values[..., :self.end, :]  # [B, G, K, C, d]
+        q = q.unflatten(1, (-1, repeat)).transpose(2, 3)  # [B, G, K, R, d]
+        prompt_scores = (q.flatten(2, 3) @ prompt_keys.mT).unflatten(2, (-1, repeat))
+        scores = torch.cat([prompt_scores, q @ keys.mT], dim=-1)  # [B, G, K, R, P + C]
+        weights = scores.add_(mask).softmax(-1)
+        out = (weights[..., :width].flatten(2, 3) @ prompt_values).unflatten(2, (-1, repeat)) + weights[..., width:] @ values
+        return scatter(out.transpose(2, 3).flatten(1, 2), self.flat)  # [N, H, d]
 
 
 STEPS = 32  # decoding steps of one shape
