@@ -453,6 +453,14 @@ def visible(queries: Tensor, keys: Tensor, window: int | None, dtype: torch.dtyp
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Softmax attention [B, H, Q, d] of q [B, H, Q, d] to k, v [B, G, S, d], with mask [B, Q, S] added to the scores."""
+    repeat = q.shape[1] // k.shape[1]
+    q = q.unflatten(1, (-1, repeat)).flatten(2, 3)  # heads that share keys stand below each other: [B, G, H/G · Q, d]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, repeat, 1)[:, None])
+    return out.unflatten(2, (repeat, -1)).flatten(1, 2)
+
+
 class Packed:
     """Causal attention within each of several sequences that lie end to end. `keep=True` keeps keys and values."""
 
@@ -520,82 +528,74 @@ class Tree:
             return prompt
         shared = self.prompts.index[self.owner]  # [N, P]: gathering repeats the keys, and sums their gradients
         index = torch.cat([shared, self.branch], dim=1)  # [N, P + C]
-        # the heads that share keys stand below each other as more queries, which every kernel knows how to do
-        repeat = q.shape[1] // k.shape[1]
-        queries = gather(q, self.branch).unflatten(1, (-1, repeat)).flatten(2, 3)  # [N, G, H/G · C, d]
-        out = F.scaled_dot_product_attention(queries, gather(k, index), gather(v, index),
-                                             attn_mask=masks[1].repeat(1, repeat, 1)[:, None])
-        return torch.cat([prompt, scatter(out.unflatten(2, (repeat, -1)).flatten(1, 2), self.flat)])
+        out = attention(gather(q, self.branch), gather(k, index), gather(v, index), masks[1])
+        return torch.cat([prompt, scatter(out, self.flat)])
 
 
 class Decode:
-    """The cache of the sampler: a prompt's keys once for all its samples, and room for every token to come.
+    """The cache of the sampler: a prompt's keys, once, and after them room for those of all its samples' tokens to come.
 
-    Rows stand by prompt, [B, K], padded where a prompt has fewer left than another. Their attention is a softmax over two
-    products: with the keys of the prompt, for all its rows at once, and with each row's own. Finished rows are dropped,
-    and so are prompts without a row.
+    Rows stand by prompt, [B, K], padded where a prompt has fewer left than another. All rows of a prompt meet all its keys
+    in one product, and a mask leaves each its own: decoding waits for what it reads, and that is read once.
+    Finished rows are dropped, and so are prompts without a row.
     """
 
     def __init__(self, prefill: Packed, lengths: list[int], samples: int, room: int):
-        device = prefill.index.device
-        self.prompt, prefill.kept = prefill.kept, []  # L x (keys, values) [B, G, P, d]
-        _, heads, width, size = self.prompt[0][0].shape
-        self.own = [tuple(x.new_zeros(len(lengths), heads, samples, room, size) for x in pair)
-                    for pair in self.prompt]  # L x 2 x [B, G, K, room, d]
+        device, self.width, self.room = prefill.index.device, prefill.index.shape[1], room
         self.owner = torch.arange(len(lengths), device=device).repeat_interleave(samples)  # [N]: the prompt of each row
-        self.positions = torch.tensor(lengths, device=device)[self.owner]  # [N]: of the token that comes next
-        self.slot = torch.zeros(1, dtype=torch.long, device=device)  # where its keys go, the same for every row
-        self.keys = key_positions(self.positions, width, room)  # [N, P + room]
+        self.lengths = torch.tensor(lengths, device=device)[self.owner]  # [N]: of each row's prompt
+        self.positions = self.lengths.clone()  # [N]: of the token that comes next
         self.used, self.end, self.step = 0, 0, None
+        self.cache = []  # L x (keys, values) [B, G, P + room · K, d]
+        while prefill.kept:  # layer by layer, so that only one is ever held twice
+            self.cache.append(tuple(F.pad(x, (0, 0, 0, room * samples)) for x in prefill.kept.pop(0)))
         self.place_rows()
 
     def place_rows(self) -> None:
-        """Which row stands where, and back: index [B, K] and flat [N], padded like the sequences of Packed."""
-        counts = self.owner.bincount().tolist()
-        self.index = padded_index(counts, list(accumulate(counts, initial=0))[:-1], self.owner.device)
-        self.flat = unpadded(counts, self.owner.device)
+        """Where rows stand: index [B, K] and flat [N], padded like the sequences of Packed; and what stands where in the cache."""
+        counts, device = self.owner.bincount().tolist(), self.owner.device
+        self.index = padded_index(counts, list(accumulate(counts, initial=0))[:-1], device)
+        self.flat, samples = unpadded(counts, device), torch.arange(max(counts), device=device)
+        self.slots = self.width + self.used * len(samples) + samples  # [K]: of the next token's keys
+        keys, mine = key_positions(self.lengths, self.width, self.room), samples == self.flat[:, None, None] % len(samples)
+        own = torch.where(mine, keys[:, self.width:, None], NEVER)  # [N, room, K]
+        self.keys = torch.cat([keys[:, :self.width], own.flatten(1)], dim=1)  # [N, P + room · K]
 
     def keep(self, rows: Tensor) -> None:
-        """Drops every row but `rows` [N'], layer by layer, so that only one layer is ever held twice."""
+        """Drops every row but `rows` [N'], layer by layer."""
         old, samples = self.flat[rows], self.index.shape[1]
         prompts, self.owner = self.owner[rows].unique(return_inverse=True)
-        self.positions, self.keys, self.step = self.positions[rows], self.keys[rows], None
+        self.lengths, self.positions, self.step = self.lengths[rows], self.positions[rows], None
         self.place_rows()
         b, k = old[self.index] // samples, old[self.index] % samples  # [B', K']
-        for layer, (prompt, own) in enumerate(zip(self.prompt, self.own)):
-            self.own[layer] = tuple(x[b, :, k].transpose(1, 2).contiguous() for x in own)
-            if len(prompts) < len(prompt[0]):
-                self.prompt[layer] = tuple(x[prompts] for x in prompt)
+        for layer, pair in enumerate(self.cache):
+            own = (x[:, :, self.width:].unflatten(2, (-1, samples))[b, :, :, k] for x in pair)  # [B', K', G, room, d]
+            self.cache[layer] = tuple(torch.cat([x[prompts, :, :self.width], new.permute(0, 2, 3, 1, 4).flatten(2, 3)], dim=2)
+                                      for x, new in zip(pair, own))
 
     def advance(self, model: Transformer, tokens: Tensor) -> Tensor:
         """Appends tokens [N]; returns the logits [N, V] of their successors."""
-        end = min(self.own[0][0].shape[3], (self.used // STEPS + 1) * STEPS)  # shapes stay the same for STEPS tokens
+        end = min(self.room, (self.used // STEPS + 1) * STEPS)  # shapes stay the same for STEPS tokens
         if self.step is None or end != self.end:
             self.end = end
             self.step = recorded(lambda tokens: model.logits(model.hidden(tokens, self.positions, self)), tokens)
         logits = self.step(tokens)
         self.used += 1
-        self.slot.add_(1), self.positions.add_(1)
+        self.slots.add_(len(self.slots)), self.positions.add_(1)
         return logits
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[B, 1, K, 1, P + C]"""
-        width = self.prompt[0][0].shape[2] + self.end
-        return visible(self.positions[:, None], self.keys[:, :width], window, dtype)[self.index][:, None]
+        """[B, K, P + C · K]"""
+        keys = self.keys[:, :self.width + self.end * len(self.slots)]
+        return visible(self.positions[:, None], keys, window, dtype)[self.index, 0]
 
     def __call__(self, layer: int, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        (prompt_keys, prompt_values), (keys, values) = self.prompt[layer], self.own[layer]
-        width, repeat = prompt_keys.shape[2], q.shape[1] // k.shape[1]  # P, R = H/G queries to a key
-        q, k, v = (gather(x, self.index) for x in (q / q.shape[-1] ** 0.5, k, v))  # [B, H, K, d], twice [B, G, K, d]
-        keys.index_copy_(3, self.slot, k[:, :, :, None])
-        values.index_copy_(3, self.slot, v[:, :, :, None])
-        keys, values = keys[..., :self.end, :], values[..., :self.end, :]  # [B, G, K, C, d]
-        q = q.unflatten(1, (-1, repeat)).transpose(2, 3)  # [B, G, K, R, d]
-        prompt_scores = (q.flatten(2, 3) @ prompt_keys.mT).unflatten(2, (-1, repeat))
-        scores = torch.cat([prompt_scores, q @ keys.mT], dim=-1)  # [B, G, K, R, P + C]
-        weights = scores.add_(mask).softmax(-1)
-        out = (weights[..., :width].flatten(2, 3) @ prompt_values).unflatten(2, (-1, repeat)) + weights[..., width:] @ values
-        return scatter(out.transpose(2, 3).flatten(1, 2), self.flat)  # [N, H, d]
+        q, k, v = (gather(x, self.index) for x in (q, k, v))  # [B, H, K, d], twice [B, G, K, d]
+        keys, values = self.cache[layer]
+        keys.index_copy_(2, self.slots, k)
+        values.index_copy_(2, self.slots, v)
+        seen = mask.shape[-1]
+        return scatter(attention(q, keys[:, :, :seen], values[:, :, :seen], mask), self.flat)
 
 
 STEPS = 32  # decoding steps of one shape
