@@ -12,21 +12,24 @@ of its own, so that its peak memory is its own; completions never end early, so 
 import argparse
 import dataclasses
 import json
+import math
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "theory")]
 
 import caopd
 import data
 from model import Config, ModelError, Transformer, generate
+from worlds import show
 
 K = 8
 
@@ -68,13 +71,6 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def show(head: list[str], rows: list[list]) -> None:
-    widths = [max(len(str(row[i])) for row in [head, *rows]) + 2 for i in range(len(head))]
-    for row in [head, *rows]:
-        print("".join(f"{cell:<{widths[0]}}" if i == 0 else f"{cell:>{widths[i]}}" for i, cell in enumerate(row)))
-    print()
 
 
 # ----------------------------------------------------------------------------- the work, ours and the peers'
@@ -142,7 +138,7 @@ def our_step(flags) -> list[float]:
         return [json.loads(line)["seconds"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()][1:]
 
 
-def their_step(flags) -> list[float]:
+def their_step(flags, checkpointing: bool) -> list[float]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
@@ -161,8 +157,7 @@ def their_step(flags) -> list[float]:
             max_completion_length=flags.new, generation_kwargs={"min_new_tokens": flags.new}, temperature=1.0, top_k=0, top_p=1.0,
             distillation_mode="full_logits", distillation_alpha=1.0, num_loss_tokens_to_skip=0, teacher_model_kind="ema",
             teacher_update_rate=args.teacher_rate, teacher_sync_steps=1, teacher_prompt_template="{prompt}{privileged_context}",
-            learning_rate=args.lr,
-            bf16=False, gradient_checkpointing=flags.trl_checkpointing, shuffle_dataset=False, report_to=[], save_strategy="no",
+            learning_rate=args.lr, bf16=False, gradient_checkpointing=checkpointing, shuffle_dataset=False, report_to=[], save_strategy="no",
             logging_strategy="no", disable_tqdm=True, use_cpu=flags.device == "cpu")
         model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=getattr(torch, flags.dtype))
         tokenizer = AutoTokenizer.from_pretrained(flags.model, padding_side="left")
@@ -170,7 +165,9 @@ def their_step(flags) -> list[float]:
     return taken[1:]
 
 
-JOBS = {"our sampler": our_sampler, "transformers": their_sampler, "our step": our_step, "TRL": their_step}
+JOBS = {"our sampler": our_sampler, "transformers": their_sampler, "our step": our_step,
+        "TRL": partial(their_step, checkpointing=False), "TRL, checkpointing": partial(their_step, checkpointing=True)}
+WORK = {"sampler": ("our sampler", "transformers"), "training step": ("our step", "TRL", "TRL, checkpointing")}
 
 
 # ----------------------------------------------------------------------------- peers
@@ -179,7 +176,7 @@ def child(flags, job: str) -> dict | None:
     """Runs a job in a process of its own; None, with one sentence, where its library is missing."""
     names = ("model", "tool", "device", "dtype", "rounds", "new", "prompts")
     command = [sys.executable, __file__, "peers", "--job", job, *(str(part) for name in names for part in (f"--{name}", getattr(flags, name)))]
-    done = subprocess.run(command + ["--trl-checkpointing"] * flags.trl_checkpointing, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["failed"])[-1]
         print(f"{job}: {reason} (the peers need pip install transformers trl datasets)", file=sys.stderr)
@@ -204,19 +201,17 @@ def useful_operations(flags) -> tuple[float, float]:
 
 def peers(flags) -> None:
     rate = matrix_rate(getattr(torch, flags.dtype), torch.device(flags.device))
-    print(f"{flags.device}, {flags.dtype}, {torch.get_num_threads()} threads, matrix products at {rate / 1e9:.0f} GFLOP/s; median of {flags.rounds} rounds\n")
+    print(f"{flags.device}, {flags.dtype}, {torch.get_num_threads()} threads, matrix products at {rate / 1e9:.0f} GFLOP/s; median of {flags.rounds} rounds")
     for flags.prompts, flags.new in (("tool", 64), ("short", 16)):
         prompts, new = questions(flags)[1], flags.new
-        jobs = ("sampler", "our sampler", "transformers"), ("training step", "our step", "TRL")
-        for (work, ours, theirs), operations in zip(jobs, useful_operations(flags)):
-            results = {job: child(flags, job) for job in (ours, theirs)}
-            rows, mine = [], results[ours]
+        for (work, jobs), operations in zip(WORK.items(), useful_operations(flags)):
+            results = {job: result for job in jobs if (result := child(flags, job))}
+            mine, rows = results.get(jobs[0]), []
             for job, its in results.items():
-                if its and mine:
-                    rows.append([job, f"{its['seconds']:.2f}", f"{prompts * K * new / its['seconds']:.0f}", f"{its['memory'] / 2 ** 30:.2f}",
-                                 f"{operations / its['seconds'] / rate:.0%}", f"{its['seconds'] / mine['seconds']:.2f}",
-                                 f"{its['memory'] / mine['memory']:.2f}"])
-            print(f"{work}, {flags.prompts} prompts: {prompts} x {K} completions of {new} tokens")
+                times, more = (its[key] / mine[key] if mine else math.nan for key in ("seconds", "memory"))
+                rows.append([job, f"{its['seconds']:.2f}", f"{prompts * K * new / its['seconds']:.0f}", f"{its['memory'] / 2 ** 30:.2f}",
+                             f"{operations / its['seconds'] / rate:.0%}", f"{times:.2f}", f"{more:.2f}"])
+            print(f"\n{work}, {flags.prompts} prompts: {prompts} x {K} completions of {new} tokens")
             show(["", "seconds", "new tokens/s", "peak GiB", "of matrix rate", "seconds / ours", "memory / ours"], rows)
 
 
@@ -247,7 +242,7 @@ def law(flags) -> None:
             ours, copies = prompt + samples * new, samples * (prompt + new)
             rows.append([f"P = {prompt}, K = {samples}", ours, copies, f"{rollout:.2f}", f"{update:.2f}", f"{1000 * update / ours:.1f}",
                          f"{1000 * update / copies:.1f}"])
-        print(title)
+        print(f"\n{title}")
         show(["", "P + K·C", "K·(P + C)", "rollout s", "loss and gradient s", "ms / (P + K·C)", "ms / K·(P + C)"], rows)
 
 
@@ -302,7 +297,6 @@ def main() -> int:
     parser.add_argument("--new", type=int, default=64, help="C, new tokens a completion (law, shapes) [64]")
     parser.add_argument("--prompt", type=int, default=1024, help="P, tokens of the prompt (shapes) [1024]")
     parser.add_argument("--sizes", nargs="+", default=list(QWEN3), choices=list(QWEN3), help="(shapes) [all]")
-    parser.add_argument("--trl-checkpointing", action="store_true", help="let TRL recompute its layers (its default; slower, less memory)")
     parser.add_argument("--prompts", default="tool", choices=("tool", "short"), help=argparse.SUPPRESS)
     parser.add_argument("--job", choices=list(JOBS), help=argparse.SUPPRESS)  # what a child process runs
     flags = parser.parse_args()
