@@ -798,12 +798,15 @@ def memory_free(device: torch.device) -> float:
         return math.inf
 
 
+def teacher_length(example: Example, tokenizer: Tokenizer, wording: data.Wording) -> int:
+    """Tokens of (x, z̃), the longest prompt that an example makes."""
+    return len(tokenizer.chat(data.teacher_messages(example, wording, data.stated(example.demo, 1.0), report=1.0)))
+
+
 def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args, device: torch.device) -> None:
     """Prints what the run will need and what there is; refuses one that cannot fit, and names the flags that help."""
-    def teacher_tokens(example: Example) -> int:
-        return len(tokenizer.chat(data.teacher_messages(example, task.wording, data.stated(example.demo, 1.0), report=1.0)))
-
-    longest = max(map(teacher_tokens, task.draw(64, "memory", 0))) + args.rollouts * args.max_new_tokens
+    sample = task.draw(64, "memory", 0)
+    longest = max(teacher_length(example, tokenizer, task.wording) for example in sample) + args.rollouts * args.max_new_tokens
     parts, free = memory_needed(config, longest, args), memory_free(device)
     needed = sum(parts.values())
     shown = ", ".join(f"{name} {size / 2 ** 30:.1f}" for name, size in parts.items())
@@ -816,7 +819,7 @@ def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args, d
     offers = [(sum(memory_needed(config, longest, dataclasses.replace(args, **change)).values()), name)
               for name, change in remedies.items() if device.type == "cuda" or name != "--teacher-device cpu"]
     helps = ", ".join(f"{name} {size / 2 ** 30:.1f} GiB" for size, name in sorted(offers) if size < 0.99 * needed)
-    raise UsageError(f"--model {args.model}: a step needs about {needed / 2 ** 30:.1f} GiB on {device} ({shown}), and "
+    raise UsageError(f"{args.model or 'the embedded world'}: a step needs about {needed / 2 ** 30:.1f} GiB on {device} ({shown}), and "
                      f"{free / 2 ** 30:.1f} are free. What each of these alone would bring it to: "
                      f"{helps or 'no flag helps, take a smaller model'}")
 
@@ -928,13 +931,10 @@ def find_model(name: str) -> Path | None:
 
 def fitting(examples: list[Example], tokenizer: Tokenizer, wording: data.Wording, config: Config, args: Args) -> list[Example]:
     """The examples within --max-prompt and the model's positions; the rest are refused or, with --skip-long, counted."""
-    def lengths(example: Example) -> tuple[int, int]:
-        teacher = data.teacher_messages(example, wording, data.stated(example.demo, 1.0), report=1.0)
-        return len(tokenizer.chat(data.student_messages(example, wording))), len(tokenizer.chat(teacher)) + args.max_new_tokens
-
     kept = []
     for example in tqdm(examples, desc="reading", unit="prompt", leave=False, disable=len(examples) < 500):
-        prompt, total = lengths(example)
+        prompt = len(tokenizer.chat(data.student_messages(example, wording)))
+        total = teacher_length(example, tokenizer, wording) + args.max_new_tokens
         if prompt <= args.max_prompt and total <= config.max_position_embeddings:
             kept.append(example)
         elif not args.skip_long:

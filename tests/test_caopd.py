@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import json
 import math
+import operator
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import torch
 
 import caopd
 import data
+import model
 from caopd import Args, Group, Optimizer, Target, UsageError, calibration, distillation_backward, divergence, ema_update, exact_weights, parse_args
 from model import Config, Transformer
 
@@ -592,3 +595,14 @@ def test_help_names_every_flag():
     text = subprocess.run([sys.executable, "caopd.py", "--help"], capture_output=True, text=True, cwd=Path(caopd.__file__).parent).stdout
     for field in dataclasses.fields(Args):
         assert "--" + field.name.replace("_", "-") in text and len(field.metadata["help"]) > 8
+
+
+def test_the_readme_names_what_is_there():
+    text, modules = Path(caopd.__file__).with_name("README.md").read_text(), {"caopd": caopd, "data": data, "model": model}
+    names = re.findall(r"`(caopd|data|model)\.([\w.]+)`", text)
+    assert len(names) > 15
+    for module, name in names:
+        assert name == "py" or operator.attrgetter(name)(modules[module]), f"{module}.{name}"
+    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Args)}
+    for command in re.findall(r"^python caopd\.py .*(?:\\\n.*)*", text, re.MULTILINE):
+        assert set(re.findall(r"--[a-z-]+", command)) <= flags, command
