@@ -128,9 +128,9 @@ def their_sampler(flags) -> list[float]:
     return [seconds(lambda: work(i), device, 1) for i in range(0, len(chats), step)]
 
 
-def our_step(flags) -> list[float]:
+def our_step(flags, recompute: bool) -> list[float]:
     examples, step = questions(flags)
-    args = dataclasses.replace(settings(flags), prompts=step, save_every=10 ** 6)
+    args = dataclasses.replace(settings(flags), prompts=step, save_every=10 ** 6, recompute=recompute)
     task = data.Task(data.WORDS, lambda n, stage, i: examples[n * i:n * (i + 1)], [])
     model = Transformer.from_pretrained(flags.model, getattr(torch, flags.dtype), flags.device)
     with tempfile.TemporaryDirectory() as out:
@@ -165,9 +165,11 @@ def their_step(flags, checkpointing: bool) -> list[float]:
     return taken[1:]
 
 
-JOBS = {"our sampler": our_sampler, "transformers": their_sampler, "our step": our_step,
+JOBS = {"our sampler": our_sampler, "transformers": their_sampler,
+        "our step": partial(our_step, recompute=False), "our step, --recompute": partial(our_step, recompute=True),
         "TRL": partial(their_step, checkpointing=False), "TRL, checkpointing": partial(their_step, checkpointing=True)}
-WORK = {"sampler": ("our sampler", "transformers"), "training step": ("our step", "TRL", "TRL, checkpointing")}
+WORK = {"sampler": ("our sampler", "transformers"),
+        "training step": ("our step", "TRL", "our step, --recompute", "TRL, checkpointing")}
 
 
 # ----------------------------------------------------------------------------- peers
@@ -205,7 +207,7 @@ def peers(flags) -> None:
     for flags.prompts, flags.new in (("tool", 64), ("short", 16)):
         prompts, new = questions(flags)[1], flags.new
         for (work, jobs), operations in zip(WORK.items(), useful_operations(flags)):
-            results = {job: result for job in jobs if (result := child(flags, job))}
+            results = {job: result for job in jobs if (result := child(flags, job))}  # ours and theirs in turn
             mine, rows = results.get(jobs[0]), []
             for job, its in results.items():
                 times, more = (its[key] / mine[key] if mine else math.nan for key in ("seconds", "memory"))
