@@ -322,7 +322,11 @@ class Transformer(nn.Module):
         return self.model.embed_tokens.weight.device
 
     def hidden(self, input_ids: Tensor, positions: Tensor, attend) -> Tensor:
-        """Final hidden states [T, D] of the flat tokens input_ids [T] at positions [T]; `attend` is the file's one idea."""
+        """Final hidden states [T, D] of the flat tokens input_ids [T] at positions [T].
+
+        attend: the file's one idea. attend.mask(window, dtype) is asked once for each kind of layer, and
+        attend(layer, mask, q, k, v) once for each layer: [T, H, d] from q [T, H, d] and k, v [T, G, d].
+        """
         x = self.model.embed_tokens(input_ids)
         rope = rope_tables(self.config, positions, x.dtype)
         windows = [self.config.window(layer) for layer in range(self.config.num_hidden_layers)]
