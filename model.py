@@ -515,9 +515,9 @@ class Tree:
         widths = [len(ids) for ids in inputs]
         self.branch = None if max(widths) == 0 else padded_index(widths, starts[:-1], device)  # [N, C]
         if self.branch is not None:
-            self.owner = torch.tensor(owner, device=device)
-            self.flat = unpadded(widths, device)
-            width, length = self.branch.shape[1], torch.tensor(lengths, device=device)[self.owner]  # C, [N]
+            owner, self.flat = torch.tensor(owner, device=device), unpadded(widths, device)
+            width, length = self.branch.shape[1], torch.tensor(lengths, device=device)[owner]  # C, [N]
+            self.path = torch.cat([self.prompts.index[owner], self.branch], dim=1)  # [N, P + C]: a completion's keys in the flat list
             self.queries = length[:, None] + torch.arange(width, device=device)  # [N, C]
             self.keys = key_positions(length, max(lengths), width)  # [N, P + C]
 
@@ -530,9 +530,8 @@ class Tree:
         prompt = self.prompts(layer, masks[0], q[:self.tokens], k[:self.tokens], v[:self.tokens])
         if self.branch is None:
             return prompt
-        shared = self.prompts.index[self.owner]  # [N, P]: gathering repeats the keys, and sums their gradients
-        index = torch.cat([shared, self.branch], dim=1)  # [N, P + C]
-        out = attention(gather(q, self.branch), gather(k, index), gather(v, index), masks[1])
+        # gathering repeats a prompt's keys, and sums their gradients
+        out = attention(gather(q, self.branch), gather(k, self.path), gather(v, self.path), masks[1])
         return torch.cat([prompt, scatter(out, self.flat)])
 
 

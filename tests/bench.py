@@ -98,10 +98,15 @@ def settings(flags) -> caopd.Args:
                              "--max-new-tokens", str(flags.new), "--device", flags.device, "--dtype", flags.dtype, "--method", "opd"])
 
 
+def chats(example: data.Example) -> tuple[list[dict], list[dict]]:
+    """What the student and OPD's teacher read: x and (x, z)."""
+    return data.student_messages(example, data.WORDS), data.teacher_messages(example, data.WORDS, data.stated(example.demo, 1.0))
+
+
 def privileged(example: data.Example) -> str:
     """What the teacher's message adds to the student's."""
-    teacher = data.teacher_messages(example, data.WORDS, data.stated(example.demo, 1.0))[-1]["content"]
-    return teacher.removeprefix(data.student_messages(example, data.WORDS)[-1]["content"])
+    student, teacher = (chat[-1]["content"] for chat in chats(example))
+    return teacher.removeprefix(student)
 
 
 def our_sampler(flags) -> list[float]:
@@ -118,14 +123,14 @@ def their_sampler(flags) -> list[float]:
     device, tokenizer = torch.device(flags.device), AutoTokenizer.from_pretrained(flags.model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=getattr(torch, flags.dtype)).to(device)
     examples, step = questions(flags)
-    chats = [data.student_messages(example, data.WORDS) for example in examples[step:]]
+    asked = [data.student_messages(example, data.WORDS) for example in examples[step:]]
 
     def work(i: int):
-        batch = tokenizer.apply_chat_template(chats[i:i + step], add_generation_prompt=True, padding=True, return_tensors="pt",
+        batch = tokenizer.apply_chat_template(asked[i:i + step], add_generation_prompt=True, padding=True, return_tensors="pt",
                                               return_dict=True).to(device)
         model.generate(**batch, do_sample=True, temperature=1.0, top_k=0, min_new_tokens=flags.new, max_new_tokens=flags.new,
                        num_return_sequences=K)
-    return [seconds(lambda: work(i), device, 1) for i in range(0, len(chats), step)]
+    return [seconds(lambda: work(i), device, 1) for i in range(0, len(asked), step)]
 
 
 def our_step(flags, recompute: bool) -> list[float]:
@@ -193,8 +198,7 @@ def useful_operations(flags) -> tuple[float, float]:
         layers = sum(p.numel() for p in Transformer(config).model.layers.parameters())
     head, rollouts, steps = config.vocab_size * config.hidden_size, [], []
     for example in examples[step:]:
-        chats = data.student_messages(example, data.WORDS), data.teacher_messages(example, data.WORDS, data.stated(example.demo, 1.0))
-        student, teacher = (len(tokenizer.chat(chat)) for chat in chats)
+        student, teacher = (len(tokenizer.chat(chat)) for chat in chats(example))
         new = K * flags.new
         rollouts.append(2 * (layers * (student + new) + head * new))
         steps.append(rollouts[-1] + 2 * (layers * (3 * (student + new) + teacher + new) + head * 4 * new))
