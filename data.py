@@ -384,19 +384,19 @@ def arithmetic_question(grade: str, rng: random.Random, held_out: bool, words: b
 
 
 def arithmetic_task(seed: int, held_out: int, words: bool) -> Task:
-    """Generated arithmetic: additions and multiplications in symbols for the toy, additions in words for a real model.
+    """Generated additions and multiplications, in symbols for the embedded world, in words for a real model.
 
-    The `held_out` questions are the same for every seed, an equal number of each grade.
+    Grades come in turn. The `held_out` questions are the same for every seed.
     """
-    grades = [grade for grade in GRADES if "+" in grade or not words]
+    grades = list(GRADES)
 
-    def questions(n: int, rng: random.Random, side: bool) -> list[Example]:
-        return [arithmetic_question(grades[i % len(grades)], rng, side, words) for i in range(n)]
+    def questions(places: range, rng: random.Random, side: bool) -> list[Example]:
+        return [arithmetic_question(grades[i % len(grades)], rng, side, words) for i in places]
 
     def draw(n: int, stage: str, step: int) -> list[Example]:
-        return questions(n, random.Random(f"{seed} {stage} {step}"), False)
+        return questions(range(step * n, (step + 1) * n), random.Random(f"{seed} {stage} {step}"), False)
 
-    return Task(WORDS if words else SYMBOLS, draw, questions(held_out, random.Random("held out"), True))
+    return Task(WORDS if words else SYMBOLS, draw, questions(range(held_out), random.Random("held out"), True))
 
 
 def toy_tokenizer() -> Tokenizer:

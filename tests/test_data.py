@@ -229,6 +229,15 @@ def test_the_world_is_right_split_and_reproducible():
     assert again.held_out == other.held_out == task.held_out and task.draw(8, "distill", 3) != task.draw(8, "base", 3)
 
 
+def test_the_world_in_words_asks_the_same_questions():
+    worded, symbols = (data.arithmetic_task(seed=0, held_out=400, words=words) for words in (True, False))
+    for example, other in zip(worded.held_out + worded.draw(64, "base", 3), symbols.held_out + symbols.draw(64, "base", 3)):
+        a, sign, b = example.question.removeprefix("What is ").removesuffix("?").split()
+        assert other.question == a + {"+": "+", "times": "*"}[sign] + b + "=" and other.grade == example.grade
+        assert example.answer == other.answer[::-1] and verify(example, example.demo)
+    assert [e.grade for step in range(4) for e in worded.draw(4, "distill", step)] == 2 * list(data.GRADES)  # small steps see all grades
+
+
 def test_the_documents_of_the_supervised_stage():
     task, rng = data.arithmetic_task(0, 8, words=False), random.Random(0)
     examples = task.draw(4000, "base", 0)
