@@ -325,8 +325,9 @@ def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def store(weight: Tensor, value: Tensor, generator: torch.Generator) -> None:
-    """weight ← value, in float32."""
-    weight.copy_(value if weight.dtype == torch.float32 else round_stochastically(value, generator))
+    """weight ← value, float32; where the weight is float32 too, value is the weight itself."""
+    if weight.dtype != torch.float32:
+        weight.copy_(round_stochastically(value, generator))
 
 
 @torch.no_grad()
@@ -378,12 +379,11 @@ class Optimizer:
         norm = torch.stack([g.norm(dtype=torch.float32) for g in self.gradients]).norm()
         shrink = (self.clip / (norm + 1e-6)).clamp(max=1.0)
         for weight, gradient, (m, v) in zip(self.weights, self.gradients, self.moments):
-            value = weight.detach().float()  # the weight itself where it is float32
+            value = weight.detach().float()
             step = torch.full((), float(self.step_count), device=m.device)
             adamw([value], [gradient.mul_(shrink).float()], [m], [v], [], [step], lr=self.lr, beta1=0.9, beta2=0.95, eps=1e-8,
                   weight_decay=0.0, amsgrad=False, maximize=False, fused=True)
-            if weight.dtype != torch.float32:
-                store(weight, value, generator)
+            store(weight, value, generator)
             gradient.zero_()
         write_back(self.model, self.weights)
         self.step_count += 1
@@ -406,7 +406,7 @@ class Optimizer:
 def ema_update(averages: list[Tensor], weights: list[Tensor], rate: float, generator: torch.Generator) -> None:
     """Teacher weights ← (1 − rate) · teacher + rate · student, in float32; `generator` is for stochastic rounding."""
     for average, weight in zip(averages, weights):
-        store(average, average.float().lerp(weight.to(average.device).float(), rate), generator)
+        store(average, average.float().lerp_(weight.to(average.device).float(), rate), generator)
 
 
 # ----------------------------------------------------------------------------- the loop
