@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 import torch
@@ -78,11 +79,12 @@ def peak_memory(device: torch.device) -> float:
 def questions(flags) -> tuple[list[data.Example], int]:
     """The prompts of a step that is not counted and of the rounds that are, and how many make a step.
 
-    Tool-use requests one by one, of the quartiles' lengths in turn; or short sums in words, four at a time.
+    Tool-use requests, of the quartiles' lengths in turn, --batch at a time; or short sums in words, four at a time.
     """
     if flags.prompts == "tool":
         examples = sorted(data.load_jsonl(flags.tool, "tool"), key=lambda example: len(example.question))
-        return [examples[len(examples) * quarter // 4] for quarter in (2, *((1, 2, 3)[i % 3] for i in range(flags.rounds)))], 1
+        quarters = islice(chain([2], cycle([1, 2, 3])), flags.batch * (flags.rounds + 1))
+        return [examples[len(examples) * quarter // 4] for quarter in quarters], flags.batch
     return data.arithmetic_task(0, 8, words=True).draw(4 * (flags.rounds + 1), "bench", 0), 4
 
 
@@ -94,8 +96,8 @@ def endless(directory: str) -> data.Tokenizer:
 
 
 def settings(flags) -> caopd.Args:
-    return caopd.parse_args(["--model", flags.model, "--steps", str(flags.rounds + 1), "--rollouts", str(K), "--lr", "1e-6",
-                             "--max-new-tokens", str(flags.new), "--device", flags.device, "--dtype", flags.dtype, "--method", "opd"])
+    return caopd.parse_args(["--model", flags.model, "--steps", str(flags.rounds + 1), "--rollouts", str(K), "--lr", "1e-6", "--method", "opd",
+                             "--max-new-tokens", str(flags.new), "--micro-tokens", "2048", "--device", flags.device, "--dtype", flags.dtype])
 
 
 def chats(example: data.Example) -> tuple[list[dict], list[dict]]:
@@ -148,6 +150,7 @@ def their_step(flags, checkpointing: bool) -> list[float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
     args, (examples, step), taken = settings(flags), questions(flags), []
+    backward = flags.batch if flags.prompts == "tool" else 1  # passes a step: long prompts one by one, as ours by --micro-tokens
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -158,7 +161,8 @@ def their_step(flags, checkpointing: bool) -> list[float]:
     rows = [{"prompt": data.student_messages(example, data.WORDS), "privileged_context": privileged(example)} for example in examples]
     with tempfile.TemporaryDirectory() as out:
         config = SDFTConfig(
-            output_dir=out, max_steps=args.steps, per_device_train_batch_size=step * K, num_generations=K, max_prompt_length=None,
+            output_dir=out, max_steps=args.steps, per_device_train_batch_size=step * K // backward, gradient_accumulation_steps=backward,
+            num_generations=K, max_prompt_length=None,
             max_completion_length=flags.new, generation_kwargs={"min_new_tokens": flags.new}, temperature=1.0, top_k=0, top_p=1.0,
             distillation_mode="full_logits", distillation_alpha=1.0, num_loss_tokens_to_skip=0, teacher_model_kind="ema",
             teacher_update_rate=args.teacher_rate, teacher_sync_steps=1, teacher_prompt_template="{prompt}{privileged_context}",
@@ -181,7 +185,7 @@ WORK = {"sampler": ("our sampler", "transformers"),
 
 def child(flags, job: str) -> dict | None:
     """Runs a job in a process of its own; None, with one sentence, where its library is missing."""
-    names = ("model", "tool", "device", "dtype", "rounds", "new", "prompts")
+    names = ("model", "tool", "device", "dtype", "rounds", "batch", "new", "prompts")
     command = [sys.executable, __file__, "peers", "--job", job, *(str(part) for name in names for part in (f"--{name}", getattr(flags, name)))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -300,6 +304,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="[cpu]")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="[float32]")
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds [3]")
+    parser.add_argument("--batch", type=int, default=1, help="tool-use prompts a step (peers) [1]")
     parser.add_argument("--new", type=int, default=64, help="C, new tokens a completion (law, shapes) [64]")
     parser.add_argument("--prompt", type=int, default=1024, help="P, tokens of the prompt (shapes) [1024]")
     parser.add_argument("--sizes", nargs="+", default=list(QWEN3), choices=list(QWEN3), help="(shapes) [all]")
