@@ -79,7 +79,7 @@ def peak_memory(device: torch.device) -> float:
 def questions(flags) -> tuple[list[data.Example], int]:
     """The prompts of a step that is not counted and of the rounds that are, and how many make a step.
 
-    Tool-use requests, of the quartiles' lengths in turn, --batch at a time; or short sums in words, four at a time.
+    Tool-use requests, of the quartiles' lengths in turn, --batch at a time; or short arithmetic in words, four at a time.
     """
     if flags.prompts == "tool":
         examples = sorted(data.load_jsonl(flags.tool, "tool"), key=lambda example: len(example.question))
