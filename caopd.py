@@ -325,9 +325,8 @@ def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def store(weight: Tensor, value: Tensor, generator: torch.Generator) -> None:
-    """weight ← value, float32; where the weight is float32 too, value is the weight itself."""
-    if weight.dtype != torch.float32:
-        weight.copy_(round_stochastically(value, generator))
+    """weight ← value, in float32; copying a tensor onto itself does nothing."""
+    weight.copy_(value if weight.dtype == torch.float32 else round_stochastically(value, generator))
 
 
 @torch.no_grad()
@@ -379,7 +378,7 @@ class Optimizer:
         norm = torch.stack([g.norm(dtype=torch.float32) for g in self.gradients]).norm()
         shrink = (self.clip / (norm + 1e-6)).clamp(max=1.0)
         for weight, gradient, (m, v) in zip(self.weights, self.gradients, self.moments):
-            value = weight.detach().float()
+            value = weight.float()  # the weight itself where it is float32
             step = torch.full((), float(self.step_count), device=m.device)
             adamw([value], [gradient.mul_(shrink).float()], [m], [v], [], [step], lr=self.lr, beta1=0.9, beta2=0.95, eps=1e-8,
                   weight_decay=0.0, amsgrad=False, maximize=False, fused=True)
