@@ -191,20 +191,20 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
 
 
 def rope_tables(config: Config, positions: Tensor, dtype: torch.dtype) -> dict[bool, tuple[Tensor, Tensor]]:
-    """cos and sin [T, 1, d] of positions [T]: for layers that see everything, and unscaled for sliding layers (key True)."""
+    """cos and (−sin, sin) [T, 1, d] of positions [T]: for layers that see everything, and unscaled for sliding layers (key True)."""
     tables = {}
     for sliding in {config.window(layer) is not None for layer in range(config.num_hidden_layers)}:
         scaled = replace(config, rope_scaling=None) if sliding else config
-        angle = torch.outer(positions.float(), rope_frequencies(scaled, positions.device)).repeat(1, 2)[:, None]
+        angle = torch.outer(positions.float(), rope_frequencies(scaled, positions.device))[:, None]  # [T, 1, d/2]
         factor = (scaled.rope_scaling or {}).get("attention_factor", 1.0)  # yarn's own, on both q and k
-        tables[sliding] = (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+        cos, sin = angle.cos() * factor, angle.sin() * factor
+        tables[sliding] = torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
     return tables
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of heads x [T, H, d] by cos, sin [T, 1, d]; dimension i is paired with i + d/2."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    """Rotary embedding of heads x [T, H, d]: dimensions i and i + d/2, (a, b), become (a cos − b sin, b cos + a sin)."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -324,13 +324,14 @@ class Transformer(nn.Module):
     def hidden(self, input_ids: Tensor, positions: Tensor, attend) -> Tensor:
         """Final hidden states [T, D] of the flat tokens input_ids [T] at positions [T].
 
-        attend: the file's one idea. attend.mask(window, dtype) is asked once for each kind of layer, and
-        attend(layer, mask, q, k, v) once for each layer: [T, H, d] from q [T, H, d] and k, v [T, G, d].
+        attend: the file's one idea. attend.mask(window, share, dtype) is asked once for each kind of layer, where `share` heads
+        of q meet one of k, and attend(layer, mask, q, k, v) once for each layer: [T, H, d] from q [T, H, d] and k, v [T, G, d].
         """
         x = self.model.embed_tokens(input_ids)
         rope = rope_tables(self.config, positions, x.dtype)
         windows = [self.config.window(layer) for layer in range(self.config.num_hidden_layers)]
-        masks = {window: attend.mask(window, x.dtype) for window in set(windows)}
+        share = self.config.num_attention_heads // self.config.num_key_value_heads
+        masks = {window: attend.mask(window, share, x.dtype) for window in set(windows)}
         for i, (layer, window) in enumerate(zip(self.model.layers, windows)):
             inputs = x, rope[window is not None], partial(attend, i, masks[window])
             x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else layer(*inputs)
@@ -458,11 +459,11 @@ def visible(queries: Tensor, keys: Tensor, window: int | None, dtype: torch.dtyp
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention [B, H, Q, d] of q [B, H, Q, d] to k, v [B, G, S, d], with mask [B, Q, S] added to the scores."""
-    repeat = q.shape[1] // k.shape[1]
-    q = q.unflatten(1, (-1, repeat)).flatten(2, 3)  # heads that share keys stand below each other: [B, G, H/G · Q, d]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, repeat, 1)[:, None])
-    return out.unflatten(2, (repeat, -1)).flatten(1, 2)
+    """Softmax attention [B, H, Q, d] of q [B, H, Q, d] to k, v [B, G, S, d], with mask [B, H/G · Q, S] added to the scores."""
+    share = q.shape[1] // k.shape[1]
+    q = q.unflatten(1, (-1, share)).flatten(2, 3)  # heads that share keys stand below each other: [B, G, H/G · Q, d]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+    return out.unflatten(2, (share, -1)).flatten(1, 2)
 
 
 class Packed:
@@ -474,7 +475,7 @@ class Packed:
         self.positions = torch.tensor([t for n in lengths for t in range(n)], device=device)  # [T]
         self.kept = [] if keep else None  # per layer: keys, values [B, G, P, d]
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    def mask(self, window: int | None, share: int, dtype: torch.dtype) -> Tensor | None:
         """[1, P, P], or None where attention is causal and nothing more."""
         steps = torch.arange(self.index.shape[1], device=self.index.device)[None]
         return None if window is None or window >= steps.shape[1] else visible(steps, steps, window, dtype)
@@ -521,10 +522,10 @@ class Tree:
             self.queries = length[:, None] + torch.arange(width, device=device)  # [N, C]
             self.keys = key_positions(length, max(lengths), width)  # [N, P + C]
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """Of the prompts, and of the completions [N, C, P + C]."""
-        branch = None if self.branch is None else visible(self.queries, self.keys, window, dtype)
-        return self.prompts.mask(window, dtype), branch
+    def mask(self, window: int | None, share: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Of the prompts, and of the completions [N, H/G · C, P + C]."""
+        branch = None if self.branch is None else visible(self.queries, self.keys, window, dtype).repeat(1, share, 1)
+        return self.prompts.mask(window, share, dtype), branch
 
     def __call__(self, layer: int, masks: tuple[Tensor | None, Tensor | None], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         prompt = self.prompts(layer, masks[0], q[:self.tokens], k[:self.tokens], v[:self.tokens])
@@ -587,10 +588,10 @@ class Decode:
         self.slots.add_(len(self.slots)), self.positions.add_(1)
         return logits
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[B, K, P + C · K]"""
+    def mask(self, window: int | None, share: int, dtype: torch.dtype) -> Tensor:
+        """[B, H/G · K, P + C · K]"""
         keys = self.keys[:, :self.width + self.end * len(self.slots)]
-        return visible(self.positions[:, None], keys, window, dtype)[self.index, 0]
+        return visible(self.positions[:, None], keys, window, dtype)[self.index, 0].repeat(1, share, 1)
 
     def __call__(self, layer: int, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (gather(x, self.index) for x in (q, k, v))  # [B, H, K, d], twice [B, G, K, d]
