@@ -162,8 +162,8 @@ def their_step(flags, checkpointing: bool) -> list[float]:
     with tempfile.TemporaryDirectory() as out:
         config = SDFTConfig(
             output_dir=out, max_steps=args.steps, per_device_train_batch_size=step * K // backward, gradient_accumulation_steps=backward,
-            num_generations=K, max_prompt_length=None,
-            max_completion_length=flags.new, generation_kwargs={"min_new_tokens": flags.new}, temperature=1.0, top_k=0, top_p=1.0,
+            num_generations=K, max_prompt_length=None, max_completion_length=flags.new,
+            generation_kwargs={"min_new_tokens": flags.new}, temperature=1.0, top_k=0, top_p=1.0,
             distillation_mode="full_logits", distillation_alpha=1.0, num_loss_tokens_to_skip=0, teacher_model_kind="ema",
             teacher_update_rate=args.teacher_rate, teacher_sync_steps=1, teacher_prompt_template="{prompt}{privileged_context}",
             learning_rate=args.lr, bf16=False, gradient_checkpointing=checkpointing, shuffle_dataset=False, report_to=[], save_strategy="no",
