@@ -1,14 +1,18 @@
-"""CaOPD: on-policy distillation that keeps a model honest about what it knows (arXiv 2604.16830), in one file.
+"""CaOPD: on-policy distillation that stays honest about what it knows (arXiv 2604.16830).
 
-On-policy distillation (OPD) scores a student's own completions token by token with a teacher: the same network,
-shown privileged context z. Algorithm 1 of the paper, whose order is the order of this file:
+On-policy distillation (OPD) scores a student's own completions token by token with a teacher: the
+same network, shown privileged context z. Its certainty rests on z, and the student learns it too.
+Algorithm 1 repairs that with one change, step 3, and the order of this file is its order:
 
-    1. rollout                 K completions y = (a, c) of each prompt x: an answer and a verbalized confidence
-    2. empirical confidence    verify them; mu_hat(x) = share of correct ones
-    3. target replacement      c becomes mu_hat, in the student's completion and in the teacher's context  <- CaOPD
-    4. distillation loss       KL(student || teacher) at every token of the completion                     (Eq. 2, Eq. 7)
+    1. rollout                 sample K completions y = (a, c) of each prompt x, and verify them:
+                               a is the answer, c the confidence that the completion states
+    2. empirical confidence    mu_hat(x), the share of correct ones among them
+    3. target replacement      c becomes mu_hat, in the completion and in the teacher's context
+    4. distillation loss       KL(student || teacher) at every token of the completion
 
-OPD is the same without step 3. What this file simplifies: one device, one process, one update per batch of rollouts.
+METHODS, after step 4, says in a row what tells one method from another: OPD is the same without
+step 3, GRPO has a reward in place of a teacher. `train` is the loop. Behind it stand the optimizer,
+checkpoints, evaluation, the command line and main. One device, one process, one update a batch.
 
     python caopd.py                                   the embedded world, from nothing to the table
     python caopd.py --model DIR --task arithmetic     the same on a real model
@@ -21,167 +25,102 @@ import dataclasses
 import json
 import math
 import os
-import random
 import sys
 import time
 import zlib
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
+from statistics import fmean, stdev
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 import data
-from data import DataError, Example, Task, Tokenizer
-from model import Config, ModelError, Transformer, Tree, generate
+from data import DataError, Example, Task, Tokenizer, Wording
+from model import Config, ModelError, SharedPrefix, Transformer, activation_bytes, generate
+
+# ------------------------------------------------------------------- Algorithm 1, step 1: rollout
 
 
-class UsageError(ValueError):
-    """A flag that asks for something impossible; the message names the flag."""
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled, and how many tokens of prompts and completions at once."""
 
-
-# ----------------------------------------------------------------------------- the command line
-
-RUN, DISTILL, SAMPLE, BASE, TOY, EVAL, HARDWARE = (
-    "what to run", "distillation", "lengths and sampling", "supervised stage (makes the base)",
-    "the embedded world's transformer", "evaluation", "hardware")
-
-
-def flag(group: str, default, help: str, choices: tuple | None = None):
-    return dataclasses.field(default=default, metadata={"group": group, "help": help, "choices": choices})
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    tokens_at_once: int = 65536
 
 
 @dataclass
-class Args:
-    """The command line: one field a flag. None stands for a default that depends on --model (see DEFAULTS)."""
+class Rollout:
+    """One sampled completion y = (a, c)."""
 
-    method: str = flag(
-        RUN, "both", "distill with opd, with caopd, or with both from the same base", ("opd", "caopd", "both"))
-    task: str = flag(
-        RUN, "arithmetic", "the questions and their verifier; mcq and tool need --train and --eval", data.TASKS)
-    model: str = flag(RUN, "", "a Hugging Face model directory, or a hub name; without it, the embedded world")
-    train: str = flag(RUN, "", "JSONL file to train on: `prompt`, `answer`, optionally `system`, `demo`, `grade`")
-    eval: str = flag(RUN, "", "JSONL file of held-out questions, in the same form")
-    out: str = flag(RUN, "", "directory for results, metrics and models (default out/toy, or out/TASK with --model)")
-    seed: int = flag(RUN, 0, "seed of everything random")
-    figure: bool = flag(RUN, False, "also draw OUT/reliability.png (needs matplotlib)")
+    ids: list[int]  # with the end token, unless it was truncated
+    text: str
+    truncated: bool  # cut off at max_new_tokens: wrong, states nothing, has no I_c in the loss
+    correct: bool  # R(x, a)
+    confidence: float | None  # val(c); None where none can be parsed
 
-    steps: int = flag(DISTILL, None, "updates of each method")
-    prompts: int = flag(DISTILL, None, "prompts x a step")
-    rollouts: int = flag(DISTILL, 8, "K, completions a prompt: the paper finds calibration wants K >= 8")
-    lr: float = flag(DISTILL, None, "AdamW's peak learning rate: 10%% warm-up, then cosine to zero")
-    divergence: str = flag(
-        DISTILL, "reverse", "KL(student||teacher) as in Eq. 2, KL(teacher||student), or Jensen-Shannon",
-        ("reverse", "forward", "jsd"))
-    teacher_rate: float = flag(
-        DISTILL, None, "EMA rate of the teacher, a step: 0 is a frozen teacher, 1 the live student")
-    context: str = flag(
-        DISTILL, "demo", "privileged context z: a demonstration (SDFT), or a correct rollout of the student (SDPO)",
-        ("demo", "solution"))
-    skip_tokens: int = flag(DISTILL, 0, "leave the first tokens of each completion out of the loss (the paper: 3)")
-    clip: float = flag(DISTILL, 1.0, "largest gradient norm")
-
-    max_prompt: int = flag(SAMPLE, 1024, "longest prompt in tokens; a longer one is refused, never cut")
-    skip_long: bool = flag(SAMPLE, False, "leave longer prompts out, counted, instead of refusing")
-    max_new_tokens: int = flag(SAMPLE, None, "longest completion in tokens; one cut off here counts as wrong")
-    temperature: float = flag(SAMPLE, 1.0, "sampling temperature of rollouts and evaluation")
-
-    sft_steps: int = flag(
-        BASE, None, "updates that teach the format, the habit of high confidence, and how to follow a demonstration")
-    sft_documents: int = flag(BASE, None, "documents a step, half closed-book, half open-book")
-    sft_lr: float = flag(BASE, None, "peak learning rate")
-    sft_noise: float = flag(
-        BASE, None, "share of wrong closed-book answers, so that the base knows better than it writes")
-    sft_answers: float = flag(
-        BASE, None, "share of the updates, at the start, that teach answers alone, in documents that stop before the confidence")
-
-    width: int = flag(TOY, 128, "hidden size")
-    layers: int = flag(TOY, 3, "number of layers")
-
-    eval_questions: int = flag(EVAL, None, "most held-out questions to ask")
-    oracle: int = flag(
-        EVAL, 0, "also estimate each held-out question's success rate mu(x) from N samples, and add what a confidence "
-        "c = mu(x) would score")
-    device: str = flag(HARDWARE, "auto", "cpu, cuda or cuda:i; auto takes a GPU where there is one")
-    dtype: str = flag(
-        HARDWARE, "auto", "auto is bfloat16 for --model where the hardware multiplies it natively, else float32",
-        ("auto", "float32", "bfloat16"))
-    rounding: str = flag(
-        HARDWARE, "nearest", "for bfloat16: nearest also keeps float32 copies of student and teacher to add small steps to; "
-        "stochastic keeps bfloat16 alone, rounded at random and right on average, in 14 bytes a weight instead of 24",
-        ("nearest", "stochastic"))
-    recompute: bool = flag(
-        HARDWARE, False, "in training, keep each layer's input alone and compute the layer again for its gradient: "
-        "a third slower, several times less memory a token")
-    teacher_device: str = flag(
-        HARDWARE, "same", "cpu keeps the teacher's layers in main memory and brings them over one at a time", ("same", "cpu"))
-    micro_tokens: int = flag(
-        HARDWARE, None, "tokens computed at once; lower it when memory runs out: the loss stays the same, samples are drawn "
-        "in another order")
-    save_every: int = flag(HARDWARE, 50, "steps between checkpoints; an interrupted run goes on from the last one")
-
-
-DEFAULTS = {  # field: (embedded world, --model)
-    "steps": (300, 100), "prompts": (16, 32), "lr": (3e-4, 1e-5), "teacher_rate": (0.0035, 0.01),
-    "sft_steps": (900, 0), "sft_documents": (128, 32), "sft_lr": (3e-3, 2e-4), "sft_noise": (0.25, 0.2),
-    "sft_answers": (0.6, 0.0), "max_new_tokens": (16, 1024), "eval_questions": (2000, 500), "micro_tokens": (16384, 4096)}
-
-
-# ----------------------------------------------------------------------------- Algorithm 1, steps 1 and 2
 
 @dataclass
 class Group:
-    """A prompt x with its K rollouts."""
+    """A prompt x and its K rollouts."""
 
     example: Example
-    prompt: list[int]
-    completions: list[list[int]]  # y_k = (a_k, c_k), K lists of sampled ids
-    correct: list[bool]  # R(x, a_k)
-
-    @property
-    def mu_hat(self) -> float:
-        """μ̂(x) = (1/K) Σ_k R(x, a_k)."""
-        return sum(self.correct) / len(self.correct)
+    prompt: list[int]  # token ids of x
+    rollouts: list[Rollout]
+    reference: str = ""  # the teacher's own completion, for self-consistency
 
 
-def ended(tokenizer: Tokenizer, ids: list[int]) -> bool:
-    """Whether a completion ended by itself, rather than being cut off at the length limit."""
-    return ids[-1] in tokenizer.eos_ids
+def rollout(student: Transformer, tokenizer: Tokenizer, examples: list[Example], wording: Wording,
+            num_rollouts: int, sampling: Sampling, generator: torch.Generator) -> list[Group]:
+    """Step 1 of Algorithm 1: samples completions y_k ~ π_θ(·|x) of each prompt and verifies them.
 
-
-SAMPLING = 4  # sampling keeps keys and values alone, so it takes this many times --micro-tokens at once
-
-
-def rollout(student: Transformer, tokenizer: Tokenizer, task: Task, examples: list[Example], samples: int, args: Args,
-            generator: torch.Generator) -> list[Group]:
-    """Steps 1 and 2: samples completions of each example's prompt and verifies them.
-
-    Returns a Group an example, each with `samples` completions. A completion that was cut off counts as wrong.
+    Returns a Group an example, in order, each with `num_rollouts` rollouts. The one check R(x, a)
+    is `data.verify`; a truncated completion counts as wrong.
     """
-    prompts = [tokenizer.chat(data.student_messages(example, task.wording)) for example in examples]
+    prompts = [tokenizer.chat(data.student_messages(example, wording)) for example in examples]
+    sampled = sample_completions(student, tokenizer, prompts, num_rollouts, sampling, generator)
     groups = []
-    longest = [len(prompt) + samples * args.max_new_tokens for prompt in prompts]
-    for batch in micro_batches(longest, SAMPLING * args.micro_tokens):
-        sampled = generate(student, [prompts[i] for i in batch], args.max_new_tokens, args.temperature,
-                           eos_ids=tokenizer.eos_ids, num_samples=samples, generator=generator)
-        for n, i in enumerate(batch):
-            completions = sampled[n * samples:(n + 1) * samples]
-            correct = [ended(tokenizer, y) and data.verify(examples[i], tokenizer.decode(y)) for y in completions]
-            groups.append(Group(examples[i], prompts[i], completions, correct))
+    for example, prompt, completions in zip(examples, prompts, sampled):
+        rollouts = []
+        for ids in completions:
+            text, truncated = tokenizer.decode(ids), ids[-1] not in tokenizer.eos_ids
+            correct = not truncated and data.verify(example, text)
+            confidence = None if truncated else data.parse_confidence(text)
+            rollouts.append(Rollout(ids, text, truncated, correct, confidence))
+        groups.append(Group(example, prompt, rollouts))
     return groups
 
 
-def micro_batches(tokens: list[int], budget: int) -> list[list[int]]:
-    """Cuts items, in order, into runs that hold at most `budget` tokens together (or a single item)."""
+def sample_completions(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]],
+                       num_samples: int, sampling: Sampling,
+                       generator: torch.Generator) -> list[list[list[int]]]:
+    """`num_samples` completions of each prompt, in as few batches as memory allows."""
+    model, completions = model.for_inference(), []
+    costs = [len(prompt) + num_samples * sampling.max_new_tokens for prompt in prompts]
+    for batch in micro_batches(costs, sampling.tokens_at_once):
+        flat = generate(model, [prompts[i] for i in batch], sampling.max_new_tokens,
+                        sampling.temperature, top_p=sampling.top_p, eos_ids=tokenizer.eos_ids,
+                        num_samples=num_samples, generator=generator)
+        completions += [flat[i:i + num_samples] for i in range(0, len(flat), num_samples)]
+    return completions
+
+
+def micro_batches(costs: list[int], budget: int) -> list[list[int]]:
+    """Cuts items, in order, into runs of indices that cost at most `budget` (or hold one item)."""
     batches, room = [], -1
-    for i, cost in enumerate(tokens):
-        if cost > room or not batches:
+    for i, cost in enumerate(costs):
+        if cost > room:
             batches.append([])
             room = budget
         batches[-1].append(i)
@@ -189,394 +128,640 @@ def micro_batches(tokens: list[int], budget: int) -> list[list[int]]:
     return batches
 
 
-# ----------------------------------------------------------------------------- step 3: target replacement
+# ------------------------------------------------------------------ step 2: empirical confidence
+
+
+def mu_hat(group: Group) -> list[float]:
+    """μ̂(x) = (1/K) Σ_k R(x, a_k), the same for each of the K rollouts (Algorithm 1)."""
+    correct = [rollout.correct for rollout in group.rollouts]
+    return [sum(correct) / len(correct)] * len(correct)
+
+
+def leave_one_out(group: Group) -> list[float]:
+    """The success rate of the other K − 1 rollouts, for each rollout.
+
+    μ̂ contains a rollout's own R, so it tells a right one 1/K more than a wrong one of the same
+    prompt. This does not, and its mean over the rollouts is μ̂ all the same.
+    """
+    correct = [rollout.correct for rollout in group.rollouts]
+    return [(sum(correct) - own) / (len(correct) - 1) for own in correct]
+
+
+def self_consistency(group: Group) -> list[float]:
+    """μ̂ without a verifier (B.6): the share of rollouts that agree with the teacher's own answer.
+
+    A reference that gives no answer agrees with none.
+    """
+    reference = data.extract(group.example, group.reference)
+    agree = [reference is not None and not rollout.truncated
+             and data.extract(group.example, rollout.text) == reference
+             for rollout in group.rollouts]
+    return [sum(agree) / len(agree)] * len(agree)
+
+
+def add_references(groups: list[Group], teacher: Transformer, tokenizer: Tokenizer,
+                   wording: Wording, sampling: Sampling, generator: torch.Generator) -> None:
+    """a_ref ~ π_T(·|x, z): one completion of the teacher for each prompt (B.6)."""
+    prompts = [tokenizer.chat(data.teacher_messages(
+        group.example, wording, data.stated(group.example.demo, 1.0))) for group in groups]
+    sampled = sample_completions(teacher, tokenizer, prompts, 1, sampling, generator)
+    for group, (ids,) in zip(groups, sampled):
+        group.reference = tokenizer.decode(ids)
+
+
+# -------------------------------------------------------------------- step 3: target replacement
+
 
 @dataclass
 class Target:
-    """What is distilled for one prompt: the student reads x, the teacher (x, z) or (x, z̃), both score the same tokens."""
+    """What is learned from one prompt: the student reads x, the teacher (x, z) or (x, z̃).
+
+    Both score the same completions. The K completions of a prompt share its keys and values.
+    """
 
     prompt: list[int]
-    teacher_prompt: list[int]
-    completions: list[list[int]]  # K lists of ids
-    answer_lengths: list[int]  # K: completion[:n] is I_a, completion[n:] is I_c
-    cut_off: list[bool]  # K: no end token, so I_c is left out of the loss
+    teacher_prompt: list[int]  # empty for a method without a teacher
+    completions: list[list[int]]  # y, or ỹ where the confidence was replaced
+    answer_lengths: list[int]  # completion[:n] is I_a, completion[n:] is I_c
+    truncated: list[bool]  # these have no I_c
+    advantages: list[float]  # one a completion, for the policy gradient
 
     @property
-    def tokens(self) -> int:
-        return max(len(self.prompt), len(self.teacher_prompt)) + sum(map(len, self.completions))
+    def num_tokens(self) -> int:
+        longest = max(len(self.prompt), len(self.teacher_prompt))
+        return longest + sum(map(len, self.completions))
 
 
-def opd_target(group: Group, tokenizer: Tokenizer, task: Task, args: Args) -> Target | None:
-    """Plain OPD: the completions as they were sampled; a demonstration in z is sure of itself, as the paper's are."""
-    demo = data.stated(group.example.demo, 1.0) if args.context == "demo" else solution(group, tokenizer, group.completions)
-    if demo is None:
-        return None
-    lengths = [data.split_completion(tokenizer, y)[0] for y in group.completions]
-    return make_target(group, tokenizer, group.completions, lengths, data.teacher_messages(group.example, task.wording, demo))
+def make_targets(group: Group, confidences: list[float] | None, advantages: list[float],
+                 tokenizer: Tokenizer, wording: Wording, context: str | None) -> list[Target]:
+    """Step 3 of Algorithm 1: ỹ = (a, μ̂) for the student, and z̃, which states μ̂, for the teacher.
 
-
-def caopd_target(group: Group, tokenizer: Tokenizer, task: Task, args: Args) -> Target | None:
-    """Target replacement: ỹ = (a, μ̂) for the student, z̃ = z with μ̂ for the teacher, who is told to report it.
-
-    A completion that was cut off has no c to replace and stays as it is.
+    confidences: a value for each rollout, or None, which leaves completions as they were sampled
+    (OPD). A truncated completion has no c to replace and stays as it is.
+    context: "demo", "solution", or None for a method without a teacher.
+    Returns a Target for each context that the group's rollouts are scored with. A rollout without
+    one (`solution` finds no other correct rollout) is left out.
     """
-    replaced = [data.replace_confidence(tokenizer, y, group.mu_hat) if ended(tokenizer, y)
-                else (y, data.split_completion(tokenizer, y)[0]) for y in group.completions]
-    completions, lengths = map(list, zip(*replaced))
-    demo = data.stated(group.example.demo, group.mu_hat) if args.context == "demo" else solution(group, tokenizer, completions)
-    if demo is None:
-        return None
-    return make_target(group, tokenizer, completions, lengths,
-                       data.teacher_messages(group.example, task.wording, demo, report=group.mu_hat))
+    completions, answer_lengths = [], []
+    for k, rollout in enumerate(group.rollouts):
+        if confidences is None or rollout.truncated:
+            ids, n = rollout.ids, data.split_completion(tokenizer, rollout.ids)[0]
+        else:
+            ids, n = data.replace_confidence(tokenizer, rollout.ids, confidences[k])
+        completions.append(ids)
+        answer_lengths.append(n)
+
+    told = None if confidences is None else fmean(confidences)
+    everyone, targets = range(len(group.rollouts)), []
+    if context is None:
+        contexts = [(None, everyone)]
+    elif context == "demo":  # a demonstration in z is sure of itself, as the paper's are
+        contexts = [(data.stated(group.example.demo, 1.0 if told is None else told), everyone)]
+    else:
+        contexts = [(shown(group.rollouts[k], told, tokenizer), readers)
+                    for k, readers in solutions(group)]
+    for demo, members in contexts:
+        teacher_prompt = [] if demo is None else tokenizer.chat(
+            data.teacher_messages(group.example, wording, demo, report=told))
+        targets.append(Target(
+            group.prompt, teacher_prompt, [completions[k] for k in members],
+            [answer_lengths[k] for k in members], [group.rollouts[k].truncated for k in members],
+            [advantages[k] for k in members]))
+    return targets
 
 
-def solution(group: Group, tokenizer: Tokenizer, completions: list[list[int]]) -> str | None:
-    """SDPO's privileged context: the first correct rollout. None where there is none; the prompt is then skipped."""
-    return tokenizer.decode(completions[group.correct.index(True)]) if any(group.correct) else None
+def shown(solution: Rollout, told: float | None, tokenizer: Tokenizer) -> str:
+    """A correct rollout as the teacher reads it: as it was sampled, or with μ̂ in place of c."""
+    if told is None:
+        return solution.text
+    return tokenizer.decode(data.replace_confidence(tokenizer, solution.ids, told)[0])
 
 
-def make_target(group: Group, tokenizer: Tokenizer, completions: list[list[int]], lengths: list[int],
-                teacher: list[dict]) -> Target:
-    cut_off = [not ended(tokenizer, y) for y in group.completions]
-    return Target(group.prompt, tokenizer.chat(teacher), completions, lengths, cut_off)
+def solutions(group: Group) -> list[tuple[int, list[int]]]:
+    """SDPO's privileged context: (a correct rollout, the rollouts whose teacher is shown it).
 
-
-TARGETS = {"opd": opd_target, "caopd": caopd_target}
-
-
-# ----------------------------------------------------------------------------- step 4: the distillation loss
-
-def loss_masks(targets: list[Target], skip_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(answer_mask, confidence_mask), bool [M] over all completion tokens in order: I_a and I_c of Eq. 7."""
-    answer, confidence = [], []
-    for target in targets:
-        for ids, n, cut_off in zip(target.completions, target.answer_lengths, target.cut_off):
-            answer += [skip_tokens <= t < n for t in range(len(ids))]
-            confidence += [t >= max(n, skip_tokens) and not cut_off for t in range(len(ids))]
-    return torch.tensor(answer, device=device), torch.tensor(confidence, device=device)
-
-
-def divergence(student_logits: Tensor, teacher_logits: Tensor, kind: str) -> Tensor:
-    """Per-token divergence over the full vocabulary, in nats, [M] from logits [M, V].
-
-    reverse: KL(π_θ‖π_T) = Σ_v π_θ (log π_θ − log π_T), Eq. 2. forward: KL(π_T‖π_θ).
-    jsd: ½ KL(π_θ‖m) + ½ KL(π_T‖m) with m the mean of the two.
+    The first correct rollout serves all others, and the second one serves the first: no rollout is
+    ever shown its own text. A lone success therefore has no context, and a prompt without a correct
+    rollout has none at all.
     """
-    p, q = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
-    if kind == "reverse":
-        return (p.exp() * (p - q)).sum(-1)
-    if kind == "forward":
-        return (q.exp() * (q - p)).sum(-1)
+    right = [k for k, rollout in enumerate(group.rollouts) if rollout.correct]
+    if not right:
+        return []
+    first = right[0]
+    others = [k for k in range(len(group.rollouts)) if k != first]
+    return [(first, others)] * bool(others) + [(second, [first]) for second in right[1:2]]
+
+
+def correctness(rollout: Rollout) -> float:
+    """GRPO's reward: R(x, a)."""
+    return float(rollout.correct)
+
+
+def calibrated_correctness(rollout: Rollout) -> float:
+    """RLCR's reward (arXiv 2507.16806, as coded): ½ format + ½ R + ½ (1 − (R − c)²).
+
+    Without a parsable confidence c, all of it is 0.
+    """
+    c, r = rollout.confidence, rollout.correct
+    return 0.0 if c is None else 0.5 + 0.5 * r + 0.5 * (1 - (r - c) ** 2)
+
+
+def group_advantages(group: Group, reward: Callable[[Rollout], float] | None,
+                     standardize: bool) -> list[float]:
+    """A_k = r_k − mean(r), over the standard deviation of r where GRPO's first form has it.
+
+    Zeros for a method without a reward.
+    """
+    rewards = [reward(rollout) if reward else 0.0 for rollout in group.rollouts]
+    scale = stdev(rewards) + 1e-4 if standardize and len(rewards) > 1 else 1.0
+    return [(r - fmean(rewards)) / scale for r in rewards]
+
+
+# --------------------------------------------------------------------- step 4: distillation loss
+
+# A token loss takes student logits [M, V], teacher logits [M, V], token ids [M] and advantages [M],
+# and gives a loss for each token, [M], in nats. One that needs fewer of them ignores the rest.
+TokenLoss = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
+
+
+def log_probs(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """log π_θ and log π_T over the vocabulary, float32 [M, V]."""
+    return student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
+
+
+def kl(student_logits: Tensor, teacher_logits: Tensor, *_) -> Tensor:
+    """Reverse KL(π_θ‖π_T) = Σ_v π_θ(v) (log π_θ(v) − log π_T(v)), the term of Eq. 2."""
+    p, q = log_probs(student_logits, teacher_logits)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *_) -> Tensor:
+    """Forward KL(π_T‖π_θ) = Σ_v π_T(v) (log π_T(v) − log π_θ(v)), the released code's default."""
+    p, q = log_probs(student_logits, teacher_logits)
+    return (q.exp() * (q - p)).sum(-1)
+
+
+def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *_) -> Tensor:
+    """½ KL(π_θ‖m) + ½ KL(π_T‖m), with m the mean of the two distributions."""
+    p, q = log_probs(student_logits, teacher_logits)
     m = torch.logaddexp(p, q) - math.log(2)
     return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum(-1)
 
 
-CHUNK = 2 ** 24  # logits held at once: 64 MiB in float32
+def sampled_kl(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, *_) -> Tensor:
+    """Eq. 2 from the sampled token alone: −r_t log π_θ(y_t), r_t = log π_T(y_t) − log π_θ(y_t).
 
-
-def distillation_backward(student: Transformer, teacher: Transformer, targets: list[Target], scale: float,
-                          args: Args) -> tuple[float, float]:
-    """Eq. 7 and its backward pass: adds scale · ∇(Σ_{I_a} KL + Σ_{I_c} KL) to the student's gradients.
-
-    Returns the two sums of the per-token divergence, in nats: over I_a (capability cloning) and over I_c (calibration).
-    Each prompt is computed once for its K completions, and logits only where the loss looks, a chunk of tokens at a time:
-    a chunk is differentiated down to the hidden states before the next is made, so tokens × vocabulary is never held.
+    r_t is a constant in the gradient, whose mean over y_t ~ π_θ is the reverse KL's.
     """
-    completions = [target.completions for target in targets]
-    answer_mask, confidence_mask = loss_masks(targets, args.skip_tokens, student.device)
-    counted = answer_mask | confidence_mask  # [M]
-    with torch.no_grad():
-        tree = Tree([target.teacher_prompt for target in targets], completions, student.device)
-        privileged = teacher.hidden(tree.input_ids, tree.positions, tree)[tree.predicts[counted]]  # [M', D]
-    tree = Tree([target.prompt for target in targets], completions, student.device)
-    hidden = student.hidden(tree.input_ids, tree.positions, tree)[tree.predicts[counted]]  # [M', D]
+    p, q = (x.gather(-1, tokens[:, None])[:, 0] for x in log_probs(student_logits, teacher_logits))
+    return -(q - p).detach() * p
 
-    size = max(1, CHUNK // student.config.vocab_size)
-    kl, gradients = [], []
-    for h, h_teacher in zip(hidden.detach().split(size), privileged.split(size)):
+
+def vopd(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, *_) -> Tensor:
+    """The same with the value V_t = −KL(π_θ‖π_T) as a baseline (arXiv 2605.07865):
+    −(r_t − V_t) log π_θ(y_t). E[∇ log π_θ] = 0, so the mean stays. The variance mostly falls.
+    """
+    p, q = (x.gather(-1, tokens[:, None])[:, 0] for x in log_probs(student_logits, teacher_logits))
+    return -(q - p + kl(student_logits, teacher_logits)).detach() * p
+
+
+def policy_gradient(student_logits: Tensor, _, tokens: Tensor, advantages: Tensor) -> Tensor:
+    """−A log π_θ(y_t): GRPO's loss at one update a batch, where the clipped ratio is 1."""
+    return advantages * cross_entropy(student_logits.float(), tokens, reduction="none")
+
+
+def replaced_token(student_logits: Tensor, _, tokens: Tensor, *__) -> Tensor:
+    """−log π_θ(ỹ_t), cross-entropy on the replaced token: the forward KL from a point mass on it.
+
+    The value to state is known exactly, so nothing on I_c needs a teacher (not in the paper).
+    """
+    return cross_entropy(student_logits.float(), tokens, reduction="none")
+
+
+DIVERGENCES = {"reverse": kl, "forward": forward_kl, "jsd": jensen_shannon}
+
+
+def loss_masks(targets: list[Target], skip_tokens: int) -> tuple[Tensor, Tensor]:
+    """I_a and I_c of Eq. 7: (answer_mask, confidence_mask), bool [M] over all completion tokens."""
+    answer, confidence = [], []
+    for target in targets:
+        for ids, n, truncated in zip(target.completions, target.answer_lengths, target.truncated):
+            answer += [skip_tokens <= t < n for t in range(len(ids))]
+            confidence += [t >= max(n, skip_tokens) and not truncated for t in range(len(ids))]
+    return torch.tensor(answer), torch.tensor(confidence)
+
+
+LOGITS_AT_ONCE = 2 ** 24  # 64 MiB in float32
+
+
+def accumulate_gradient(student: Transformer, teacher: Transformer | None, targets: list[Target],
+                        answer_loss: TokenLoss, confidence_loss: TokenLoss, skip_tokens: int,
+                        scale: float) -> tuple[float, float]:
+    """Eq. 7: adds scale · ∇(Σ_{I_a} answer_loss + Σ_{I_c} confidence_loss) to the gradients.
+
+    Returns the two sums, over I_a (capability cloning) and over I_c (calibration), in nats.
+    The sampling of y is not differentiated (a semi-gradient), as in every released trainer.
+    Each prompt is computed once for its completions. Logits exist a chunk at a time, where the loss
+    looks: a chunk is differentiated down to its hidden states before the next one is made.
+    """
+    completions, device = [target.completions for target in targets], student.device
+    answer_mask, confidence_mask = (m.to(device) for m in loss_masks(targets, skip_tokens))
+    counted = answer_mask | confidence_mask  # [M]
+    is_answer = answer_mask[counted]  # [M']
+    advantages = torch.tensor([a for target in targets
+                               for ids, a in zip(target.completions, target.advantages)
+                               for _ in ids], device=device)[counted]  # [M']
+    size = max(1, LOGITS_AT_ONCE // student.config.vocab_size)
+
+    teacher_chunks = repeat(None)
+    if teacher is not None:
         with torch.no_grad():
-            teacher_logits = teacher.logits(h_teacher)
-        chunk = divergence(student.logits(h.requires_grad_()), teacher_logits, args.divergence)
-        (scale * chunk.sum()).backward()
-        kl.append(chunk.detach())
+            shared = SharedPrefix([t.teacher_prompt for t in targets], completions, device)
+            teacher_chunks = hidden_states(teacher, shared, counted).split(size)
+    shared = SharedPrefix([t.prompt for t in targets], completions, device)
+    hidden = hidden_states(student, shared, counted)  # [M', D]
+    tokens = shared.targets[counted]  # [M']
+
+    losses, gradients = [], []
+    chunks = (x.split(size) for x in (hidden.detach(), tokens, advantages, is_answer))
+    for teacher_hidden, (h, *rest) in zip(teacher_chunks, zip(*chunks)):
+        with torch.no_grad():
+            teacher_logits = None if teacher is None else teacher.logits(teacher_hidden)
+        logits = student.logits(h.requires_grad_())
+        loss = eq7(logits, teacher_logits, *rest, answer_loss, confidence_loss)
+        (scale * loss.sum()).backward()
+        losses.append(loss.detach())
         gradients.append(h.grad)
     hidden.backward(torch.cat(gradients))
-    kl = torch.cat(kl)
-    return kl[answer_mask[counted]].sum().item(), kl[confidence_mask[counted]].sum().item()
+    losses = torch.cat(losses)
+    return losses[is_answer].sum().item(), losses[~is_answer].sum().item()
 
 
-# ----------------------------------------------------------------------------- the update: AdamW and the EMA teacher
-
-# bfloat16 has 8 bits of mantissa: an AdamW step of relative size 1e-5, or 0.01 of it for the EMA, would round to nothing.
-# --rounding nearest keeps float32 copies of student and EMA to add such steps to. --rounding stochastic keeps bfloat16
-# alone and rounds a sum up or down at random, up with the share of the gap that it has passed: right on average.
-
-def exact_weights(model: Transformer, args: Args) -> list[Tensor]:
-    """What updates are added to: the model's own weights, or float32 copies where they are narrower and --rounding is nearest."""
-    return [weight if weight.dtype == torch.float32 or args.rounding == "stochastic" else weight.detach().float()
-            for weight in model.parameters()]
+def hidden_states(model: Transformer, shared: SharedPrefix, counted: Tensor) -> Tensor:
+    """[M', D]: the hidden states from which the counted completion tokens are predicted."""
+    return model.hidden(shared.input_ids, shared.positions, shared)[shared.predicts[counted]]
 
 
-def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 to bfloat16, up or down at random so that the mean is x. bfloat16 is the upper half of float32's bits."""
-    bits = x.view(torch.int32)
-    noise = torch.randint(0, 2 ** 16, bits.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return ((bits + noise) & -2 ** 16).view(torch.float32).to(torch.bfloat16)
+def eq7(student_logits: Tensor, teacher_logits: Tensor | None, tokens: Tensor, advantages: Tensor,
+        is_answer: Tensor, answer_loss: TokenLoss, confidence_loss: TokenLoss) -> Tensor:
+    """The terms of Eq. 7, [M]: answer_loss at tokens of I_a, confidence_loss at those of I_c."""
+    inputs = student_logits, teacher_logits, tokens, advantages
+    if answer_loss is confidence_loss:
+        return answer_loss(*inputs)
+    loss = student_logits.new_zeros(len(tokens), dtype=torch.float32)
+    for rows, token_loss in ((is_answer, answer_loss), (~is_answer, confidence_loss)):
+        loss[rows] = token_loss(*(None if x is None else x[rows] for x in inputs))
+    return loss
+
+
+# ------------------------------------------------------------------------------- the methods
+
+
+@dataclass(frozen=True)
+class Method:
+    """All that tells one method from another. Eq. 7 has two sums, and so there are two losses."""
+
+    title: str
+    confidence: Callable[[Group], list[float]] | None  # replaces the stated one; None: as sampled
+    answer_loss: TokenLoss  # on I_a; for `kl`, the divergence that --divergence chooses
+    confidence_loss: TokenLoss  # on I_c; for `kl`, that of --confidence-divergence
+    reward: Callable[[Rollout], float] | None = None  # for the policy gradient
+    standardize: bool = False  # divide advantages by their standard deviation
+    teacher: bool = True  # score with the network that also sees z
+    reference: bool = False  # sample the teacher's own answer, in place of a verifier
+
+
+METHODS = {
+    #                                         replaces c        on I_a      on I_c
+    # Eq. 2, and Eq. 7 with Algorithm 1.
+    "opd": Method("OPD",                      None,             kl,         kl),
+    "caopd": Method("CaOPD",                  mu_hat,           kl,         kl),
+    "caopd-sc": Method("CaOPD-SC",            self_consistency, kl,         kl, reference=True),
+    # Not in the paper: the value to state is known, so the token itself is learned.
+    "caopd-direct": Method("CaOPD-direct",    mu_hat,           kl,         replaced_token),
+    "caopd-direct-loo": Method("CaOPD-LOO",   leave_one_out,    kl,         replaced_token),
+    # Eq. 2 from single samples. Replaced tokens are no samples: I_c keeps the full KL.
+    "sampled": Method("sampled OPD",          None,             sampled_kl, sampled_kl),
+    "vopd": Method("vOPD",                    None,             vopd,       vopd),
+    "caopd-vopd": Method("CaOPD-vOPD",        mu_hat,           vopd,       kl),
+    # Reinforcement learning from a reward, without a teacher.
+    "grpo": Method("GRPO", None, policy_gradient, policy_gradient, reward=correctness,
+                   standardize=True, teacher=False),
+    "rlcr": Method("RLCR", None, policy_gradient, policy_gradient, reward=calibrated_correctness,
+                   teacher=False),
+}
+
+
+# ------------------------------------------------------------------ Algorithm 1: the training loop
+
+
+def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, args: "Args",
+          out: Path) -> None:
+    """Algorithm 1, where METHODS[name] says how each step is done. Trains `student` in place.
+
+    The teacher starts as a copy of the student. Each step leaves a line in out/metrics.jsonl, and
+    an interrupted run goes on from its last checkpoint, to the same result.
+    """
+    method = METHODS[name]
+    answer_loss, confidence_loss = choose_losses(method, args)
+    sampling = rollout_sampling(args)
+    teacher = make_teacher(student, args.teacher_device) if method.teacher else None
+    optimizer = AdamW(student, args.weight_decay, args.clip)
+    stage = Stage(name, out, settings(args, name, task), optimizer, teacher, args.save_every)
+
+    for step in stage.steps(args.steps):
+        generator = seeded(args.seed, "rollout", step, student.device)
+
+        # 1. Rollout: K completions y_k = (a_k, c_k) of each prompt x, verified by R(x, a_k).
+        examples = task.draw(args.prompts, "distill", step)
+        groups = rollout(student, tokenizer, examples, task.wording, args.rollouts, sampling,
+                         generator)
+
+        # 2. Empirical confidence: mu_hat(x) = (1/K) sum_k R(x, a_k), or the method's own estimate.
+        if method.reference:
+            add_references(groups, teacher, tokenizer, task.wording, sampling, generator)
+        confidences = [method.confidence and method.confidence(group) for group in groups]
+
+        # 3. Target replacement: mu_hat is stated in the completion and in the teacher's context.
+        targets = []
+        for group, confidence in zip(groups, confidences):
+            advantages = group_advantages(group, method.reward, method.standardize)
+            targets += make_targets(group, confidence, advantages, tokenizer, task.wording,
+                                    args.context if method.teacher else None)
+
+        # 4. Loss, Eq. 7, and its gradient. Eq. 2 sums over tokens: we divide by their number in
+        #    the step, a constant that AdamW does not see and gradient clipping does.
+        num_tokens = max(1, sum(int(mask.sum()) for mask in loss_masks(targets, args.skip_tokens)))
+        loss = np.zeros(2)  # over I_a, over I_c
+        for batch in micro_batches([target.num_tokens for target in targets], args.micro_tokens):
+            loss += accumulate_gradient(student, teacher, [targets[i] for i in batch], answer_loss,
+                                        confidence_loss, args.skip_tokens, 1 / num_tokens)
+
+        # Update: AdamW for the student, and the teacher follows as its moving average.
+        generator = seeded(args.seed, "rounding", step, student.device)
+        lr = args.lr * warmup_cosine(step, args.steps, args.warmup)
+        grad_norm = optimizer.step(step, lr, generator)
+        if teacher is not None:
+            ema_update(teacher, student, args.teacher_rate, generator)
+
+        stage.log(step, summarize(groups, targets, loss / num_tokens)
+                  | {"lr": lr, "grad_norm": grad_norm})
+        stage.save_if_due(step)
+
+
+def choose_losses(method: Method, args: "Args") -> tuple[TokenLoss, TokenLoss]:
+    """The method's losses on I_a and on I_c, with the flags' divergences where they are a KL."""
+    on_answer = DIVERGENCES[args.divergence]
+    on_confidence = DIVERGENCES[args.confidence_divergence or args.divergence]
+    return (on_answer if method.answer_loss is kl else method.answer_loss,
+            on_confidence if method.confidence_loss is kl else method.confidence_loss)
+
+
+def seeded(seed: int, stage: str, step: int, device: torch.device) -> torch.Generator:
+    """Randomness that depends on seed, stage and step alone: resuming needs no random state."""
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {stage} {step}".encode()))
+
+
+def summarize(groups: list[Group], targets: list[Target], loss: np.ndarray) -> dict:
+    """A step's row in metrics.jsonl; what is said is averaged over the parsable confidences."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    stated = [rollout.confidence for rollout in rollouts if rollout.confidence is not None]
+    return {
+        "loss": float(loss.sum()), "loss_answer": float(loss[0]), "loss_confidence": float(loss[1]),
+        "accuracy": fmean(rollout.correct for rollout in rollouts),
+        "confidence": fmean(stated) if stated else math.nan,
+        "format": len(stated) / len(rollouts),
+        "truncated": fmean(rollout.truncated for rollout in rollouts),
+        "left_out": len(rollouts) - sum(len(target.completions) for target in targets)}
+
+
+# ---------------------------------------------------------------- AdamW, schedules and the teacher
+
+# bfloat16 has 8 bits of mantissa: an AdamW step of relative size 1e-5, or 0.01 of it for the EMA,
+# would round to nothing. With --rounding nearest, student and teacher keep float32 master weights,
+# which Linear casts where it uses them. With --rounding stochastic they keep bfloat16 alone, and a
+# sum is rounded up or down at random, up with the share of the gap it has passed: right on average.
+
+
+class AdamW:
+    """AdamW with gradient clipping. Moments are float32; a weight's gradient has its own dtype.
+
+    Weight decay is for matrices alone: norms and biases have none, as in the reference trainers.
+    """
+
+    def __init__(self, model: Transformer, weight_decay: float, clip: float):
+        self.parameters = dict(model.named_parameters())
+        self.weight_decay, self.clip = weight_decay, clip
+        self.moments = {}
+        for name, weight in self.parameters.items():
+            weight.grad = torch.zeros_like(weight)  # backward passes add to it
+            self.moments[name] = tuple(torch.zeros_like(weight, dtype=torch.float32) for _ in "mv")
+
+    @torch.no_grad()
+    def step(self, step: int, lr: float, generator: torch.Generator) -> float:
+        """Makes update number `step` (from 0), clears the gradients, returns their norm unclipped.
+
+        generator: for stochastic rounding.
+        """
+        gradients = [weight.grad for weight in self.parameters.values()]
+        norm = torch.stack([g.norm(dtype=torch.float32) for g in gradients]).norm()
+        shrink = (self.clip / (norm + 1e-6)).clamp(max=1.0)
+        for name, weight in self.parameters.items():
+            m, v = self.moments[name]
+            value = weight.detach().float()  # the weight itself, where it is float32
+            adamw([value], [weight.grad.mul_(shrink).float()], [m], [v], [],
+                  [torch.full((), float(step), device=m.device)], lr=lr, beta1=0.9, beta2=0.95,
+                  eps=1e-8, weight_decay=self.weight_decay if weight.dim() == 2 else 0.0,
+                  amsgrad=False, maximize=False, fused=True)
+            store(weight, value, generator)
+            weight.grad.zero_()
+        return float(norm)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that an update changes, by name."""
+        named = {f"student.{name}": weight for name, weight in self.parameters.items()}
+        for name, (m, v) in self.moments.items():
+            named |= {f"m.{name}": m, f"v.{name}": v}
+        return named
 
 
 def store(weight: Tensor, value: Tensor, generator: torch.Generator) -> None:
-    """weight ← value, in float32; copying a tensor onto itself does nothing."""
-    weight.copy_(value if weight.dtype == torch.float32 else round_stochastically(value, generator))
+    """weight ← value, a float32 tensor; copying a weight onto itself does nothing."""
+    exact = weight.dtype == torch.float32
+    weight.copy_(value if exact else round_stochastically(value, generator))
 
 
-@torch.no_grad()
-def write_back(model: Transformer, weights: list[Tensor]) -> None:
-    for parameter, weight in zip(model.parameters(), weights):
-        parameter.copy_(weight)  # copying a tensor onto itself does nothing
+def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 to bfloat16, up or down at random so that the mean is x.
+
+    bfloat16 is the upper half of float32's bits, so adding noise below it does the carrying.
+    """
+    bits = x.view(torch.int32)
+    noise = torch.randint(0, 2 ** 16, bits.shape, dtype=torch.int32, device=x.device,
+                          generator=generator)
+    return ((bits + noise) & -2 ** 16).view(torch.float32).to(torch.bfloat16)
 
 
-def cosine(step: int, steps: int) -> float:
-    """Share of the peak learning rate: warm-up over the first tenth of the steps, then a cosine down to zero."""
-    warmup = max(1, steps // 10)
+def warmup_cosine(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine down to zero.
+
+    Warm-up takes at most a tenth of the run.
+    """
+    warmup = max(1, min(warmup, steps // 10))
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def trapezoid(step: int, steps: int) -> float:
-    """The same for the supervised stage, whose documents change half-way: level in between, down over the last 30 %."""
+def warmup_stable_decay(step: int, steps: int) -> float:
+    """The same for the supervised stage, whose documents change on the way: level in between."""
     return min(1.0, 10 * (step + 1) / steps, (steps - step) / (0.3 * steps))
 
 
-class Optimizer:
-    """AdamW with gradient clipping and a schedule (step, steps) -> share of the peak rate. Moments are float32."""
-
-    def __init__(self, model: Transformer, lr: float, steps: int, args: Args, schedule=cosine):
-        self.model, self.peak, self.steps, self.clip, self.schedule, self.step_count = model, lr, steps, args.clip, schedule, 0
-        self.weights = exact_weights(model, args)
-        self.moments = [tuple(torch.zeros_like(weight, dtype=torch.float32) for _ in "mv") for weight in self.weights]
-        self.gradients = [torch.zeros_like(weight) for weight in self.weights]
-        for parameter, gradient in zip(model.parameters(), self.gradients):
-            if gradient.dtype == parameter.dtype:
-                parameter.grad = gradient  # backward passes add to it
-            else:
-                parameter.register_post_accumulate_grad_hook(partial(self.collect, gradient))
-
-    @staticmethod
-    def collect(gradient: Tensor, parameter: Tensor) -> None:
-        """Moves what a backward pass left for one bfloat16 weight to its float32 sum, as soon as it is there."""
-        gradient += parameter.grad
-        parameter.grad = None
-
-    @property
-    def lr(self) -> float:
-        return self.peak * self.schedule(self.step_count, self.steps)
-
-    @torch.no_grad()
-    def step(self, generator: torch.Generator) -> float:
-        """Updates the model; `generator` is for stochastic rounding. Returns the gradient norm before clipping."""
-        norm = torch.stack([g.norm(dtype=torch.float32) for g in self.gradients]).norm()
-        shrink = (self.clip / (norm + 1e-6)).clamp(max=1.0)
-        for weight, gradient, (m, v) in zip(self.weights, self.gradients, self.moments):
-            value = weight.float()  # the weight itself where it is float32
-            step = torch.full((), float(self.step_count), device=m.device)
-            adamw([value], [gradient.mul_(shrink).float()], [m], [v], [], [step], lr=self.lr, beta1=0.9, beta2=0.95, eps=1e-8,
-                  weight_decay=0.0, amsgrad=False, maximize=False, fused=True)
-            store(weight, value, generator)
-            gradient.zero_()
-        write_back(self.model, self.weights)
-        self.step_count += 1
-        return float(norm)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, by name; `load` takes it back."""
-        return {f"{name}.{i}": tensor.detach() for i, (weight, (m, v)) in enumerate(zip(self.weights, self.moments))
-                for name, tensor in (("weight", weight), ("m", m), ("v", v))}
-
-    @torch.no_grad()
-    def load(self, state: dict[str, Tensor], step: int) -> None:
-        self.step_count = step
-        for name, tensor in self.tensors().items():
-            tensor.copy_(state[name])
-        write_back(self.model, self.weights)
-
-
 @torch.no_grad()
-def ema_update(averages: list[Tensor], weights: list[Tensor], rate: float, generator: torch.Generator) -> None:
-    """Teacher weights ← (1 − rate) · teacher + rate · student, in float32; `generator` is for stochastic rounding."""
-    for average, weight in zip(averages, weights):
+def ema_update(teacher: Transformer, student: Transformer, rate: float,
+               generator: torch.Generator) -> None:
+    """θ_T ← (1 − rate) θ_T + rate θ, in float32; generator: for stochastic rounding."""
+    for average, weight in zip(teacher.parameters(), student.parameters()):
         store(average, average.float().lerp_(weight.to(average.device).float(), rate), generator)
 
 
-# ----------------------------------------------------------------------------- the loop
-
-def seeded(args: Args, stage: str, step: int, device: torch.device) -> torch.Generator:
-    """A generator that depends on seed, stage and step alone, so that resuming needs no random state."""
-    return torch.Generator(device).manual_seed(zlib.crc32(f"{args.seed} {stage} {step}".encode()))
-
-
-def distill(student: Transformer, tokenizer: Tokenizer, task: Task, method: str, args: Args, out: Path) -> Transformer:
-    """Algorithm 1 with target replacement (method "caopd") or without ("opd"). Trains `student` in place and returns it.
-
-    The teacher is an EMA of the student, equal to it at the start. Each step logs a line to out/metrics.jsonl.
-    """
+def make_teacher(student: Transformer, device: str) -> Transformer:
+    """A frozen copy of the student; device "cpu" offloads its layers to main memory."""
     teacher = copy.deepcopy(student).requires_grad_(False)
-    if args.teacher_device == "cpu":
-        teacher.model.layers = torch.nn.ModuleList(Visiting(layer.cpu()) for layer in teacher.model.layers)
-    student.recompute = args.recompute
-    optimizer, ema = Optimizer(student, args.lr, args.steps, args), exact_weights(teacher, args)
-    start = load_checkpoint(out / method, optimizer, ema, settings(args, method))
-    write_back(teacher, ema)
-    log = Log(out / "metrics.jsonl", method, start)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=f"{method:>6}", unit="step", dynamic_ncols=True)
-    for step in bar:
-        began = time.perf_counter()
-        generator = seeded(args, "rollout", step, student.device)
-        groups = rollout(student, tokenizer, task, task.draw(args.prompts, "distill", step), args.rollouts, args, generator)
-        targets = [t for group in groups if (t := TARGETS[method](group, tokenizer, task, args)) is not None]
-        count = max(1, sum(int(mask.sum()) for mask in loss_masks(targets, args.skip_tokens, torch.device("cpu"))))
-        kl_answer = kl_confidence = 0.0
-        for batch in micro_batches([target.tokens for target in targets], args.micro_tokens):
-            # Eq. 2 sums over t; AdamW does not see the constant
-            answer, confidence = distillation_backward(student, teacher, [targets[i] for i in batch], 1 / count, args)
-            kl_answer, kl_confidence = kl_answer + answer / count, kl_confidence + confidence / count
-        generator = seeded(args, "rounding", step, student.device)
-        lr, norm = optimizer.lr, optimizer.step(generator)
-        ema_update(ema, optimizer.weights, args.teacher_rate, generator)
-        write_back(teacher, ema)
-
-        texts = [tokenizer.decode(y) for group in groups for y in group.completions]
-        said = [c for text in texts if (c := data.parse_confidence(text)) is not None]
-        row = {"stage": method, "step": step,
-               "loss": kl_answer + kl_confidence, "kl_answer": kl_answer, "kl_confidence": kl_confidence,
-               "accuracy": mean([g.mu_hat for g in groups]), "confidence": mean(said), "format": len(said) / len(texts),
-               "cut_off": mean([not ended(tokenizer, y) for g in groups for y in g.completions]),
-               "skipped_prompts": len(groups) - len(targets), "lr": lr, "grad_norm": norm, "seconds": time.perf_counter() - began}
-        log.write(row)
-        bar.set_postfix_str(f"accuracy {row['accuracy']:.2f}, says {row['confidence']:.2f}, KL {row['loss']:.3f}")
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_checkpoint(out / method, optimizer, ema, settings(args, method))
-    log.close()
-    return student
+    if device == "cpu":
+        layers = teacher.model.layers
+        teacher.model.layers = torch.nn.ModuleList(Offloaded(layer.cpu()) for layer in layers)
+    return teacher
 
 
-class Visiting(torch.nn.Module):
-    """A teacher's layer for --teacher-device cpu: its weights stay there, and visit the device of its input to compute."""
+class Offloaded(torch.nn.Module):
+    """A layer whose weights stay in main memory and visit the device of its input to compute."""
 
     def __init__(self, layer: torch.nn.Module):
         super().__init__()
         self.layer = layer
 
     def forward(self, x: Tensor, *rest) -> Tensor:
-        visitors = {name: weight.to(x.device) for name, weight in self.layer.named_parameters()}
+        visitors = {name: w.to(x.device) for name, w in self.layer.named_parameters()}
         return torch.func.functional_call(self.layer, visitors, (x, *rest))
 
 
-def documents(task: Task, args: Args, step: int) -> tuple[list[tuple[list[dict], str]], bool]:
-    """The (messages, completion) pairs of a supervised step, and whether their completions end.
+# ------------------------------------------------------- the supervised stage: makes the base model
 
-    Answers alone at first, which stop where a confidence would follow; then half closed-book, half open-book.
+
+def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: "Args",
+              out: Path) -> None:
+    """Cross-entropy on written completions (`data.documents`). Trains `model` in place."""
+    optimizer = AdamW(model, 0.0, args.clip)
+    stage = Stage("base", out, settings(args, "base", task), optimizer, None, 10 * args.save_every)
+    for step in stage.steps(args.sft_steps):
+        documents = data.documents(task, args.sft_documents, step, args.sft_steps, args.sft_answers,
+                                   args.sft_noise, args.seed)
+        prompts = [tokenizer.chat(document.messages) for document in documents]
+        completions = [tokenizer.encode(document.completion)
+                       + (tokenizer.eos_ids[:1] if document.ends else []) for document in documents]
+        num_tokens, loss = sum(map(len, completions)), 0.0
+        costs = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completions)]
+        for batch in micro_batches(costs, args.micro_tokens):
+            shared = SharedPrefix([prompts[i] for i in batch], [[completions[i]] for i in batch],
+                                  model.device)
+            hidden = model.hidden(shared.input_ids, shared.positions, shared)[shared.predicts]
+            logits = model.logits(hidden).float()  # [M, V]
+            part = cross_entropy(logits, shared.targets, reduction="sum") / num_tokens
+            part.backward()
+            loss += part.item()
+        lr = args.sft_lr * warmup_stable_decay(step, args.sft_steps)
+        grad_norm = optimizer.step(step, lr, seeded(args.seed, "rounding", step, model.device))
+        stage.log(step, {"loss": loss, "lr": lr, "grad_norm": grad_norm})
+        stage.save_if_due(step)
+
+
+# ------------------------------------------------------------------------- what survives a crash
+
+
+class Stage:
+    """What surrounds a training loop: it resumes, shows progress, logs, and saves checkpoints.
+
+    A checkpoint holds the step, the settings that the stage was started with, and every tensor that
+    a step changes, under its parameter's name; it is complete or absent, and never unpickled.
     """
-    rng, examples = random.Random(f"{args.seed} documents {step}"), task.draw(args.sft_documents, "base", step)
-    if step < args.sft_answers * args.sft_steps:
-        return [data.answer_only(example, task.wording) for example in examples], False
-    half = len(examples) // 2
-    return ([data.closed_book(example, task.wording, rng, args.sft_noise) for example in examples[:half]]
-            + [data.open_book(example, task.wording, rng) for example in examples[half:]]), True
 
+    def __init__(self, name: str, out: Path, settings: dict, optimizer: AdamW,
+                 teacher: Transformer | None, save_every: int):
+        self.name, self.settings, self.save_every = name, settings, save_every
+        self.path, self.metrics = out / name / "checkpoint.safetensors", out / "metrics.jsonl"
+        self.tensors = optimizer.tensors()
+        if teacher is not None:
+            pairs = zip(optimizer.parameters, teacher.parameters())  # offloading renames layers
+            self.tensors |= {f"teacher.{key}": weight for key, weight in pairs}
+        self.device = next(iter(optimizer.parameters.values())).device
+        self.start = self.resume()
+        self.drop_rows_from(self.start)
 
-def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: Args, out: Path) -> Transformer:
-    """The supervised stage that makes the base model: cross-entropy on completions. Trains `model` in place and returns it."""
-    model.recompute = args.recompute
-    optimizer = Optimizer(model, args.sft_lr, args.sft_steps, args, trapezoid)
-    start = load_checkpoint(out / "base", optimizer, [], settings(args, "base"))
-    log = Log(out / "metrics.jsonl", "base", start)
-    bar = tqdm(range(start, args.sft_steps), initial=start, total=args.sft_steps, desc="  base", unit="step", dynamic_ncols=True)
-    for step in bar:
-        began, (pairs, end) = time.perf_counter(), documents(task, args, step)
-        prompts = [tokenizer.chat(messages) for messages, _ in pairs]
-        completions = [[tokenizer.encode(text) + tokenizer.eos_ids[:end]] for _, text in pairs]
-        count, total = sum(len(ids) for group in completions for ids in group), 0.0
-        for batch in micro_batches([len(p) + len(c[0]) for p, c in zip(prompts, completions)], args.micro_tokens):
-            tree = Tree([prompts[i] for i in batch], [completions[i] for i in batch], model.device)
-            logits = model.logits(model.hidden(tree.input_ids, tree.positions, tree)[tree.predicts])  # [M, V]
-            loss = torch.nn.functional.cross_entropy(logits.float(), tree.targets, reduction="sum") / count
-            loss.backward()
-            total += loss.item()
-        lr, norm = optimizer.lr, optimizer.step(seeded(args, "rounding", step, model.device))
-        log.write({"stage": "base", "step": step, "loss": total, "lr": lr, "grad_norm": norm,
-                   "seconds": time.perf_counter() - began})
-        bar.set_postfix_str(f"cross-entropy {total:.3f}")
-        if (step + 1) % (10 * args.save_every) == 0:
-            save_checkpoint(out / "base", optimizer, [], settings(args, "base"))
-    log.close()
-    return model
+    def steps(self, total: int) -> Iterator[int]:
+        """The steps that are left to do, with a progress bar."""
+        self.total, self.began = total, time.perf_counter()
+        self.bar = tqdm(range(self.start, total), initial=self.start, total=total,
+                        desc=f"{self.name:>6}", unit="step", dynamic_ncols=True)
+        yield from self.bar
 
+    def log(self, step: int, row: dict) -> None:
+        """Appends a line to metrics.jsonl and shows the row's main figures beside the bar."""
+        now = time.perf_counter()
+        row = {"stage": self.name, "step": step} | row | {"seconds": now - self.began}
+        self.began = now
+        with self.metrics.open("a") as file:
+            file.write(to_json(row) + "\n")
+        shown = {"accuracy": "accuracy", "confidence": "says", "loss": "loss"}
+        self.bar.set_postfix_str(", ".join(f"{word} {row[key]:.2f}" for key, word in shown.items()
+                                           if key in row))
 
-def mean(values: list) -> float:
-    return sum(values) / len(values) if values else float("nan")
+    def save_if_due(self, step: int) -> None:
+        if (step + 1) % self.save_every and step + 1 < self.total:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
+        metadata = {"step": str(step + 1), "settings": json.dumps(self.settings)}
+        save_file(tensors, self.path.with_suffix(".tmp"), metadata=metadata)
+        os.replace(self.path.with_suffix(".tmp"), self.path)
 
+    @torch.no_grad()
+    def resume(self) -> int:
+        """Takes the checkpoint of an interrupted run, tensor by tensor; the step to go on from."""
+        if not self.path.exists():
+            return 0
+        try:
+            with safe_open(self.path, framework="pt", device=str(self.device)) as file:
+                if json.loads(file.metadata()["settings"]) != self.settings:
+                    return 0
+                for name, tensor in self.tensors.items():
+                    tensor.copy_(file.get_tensor(name))
+                step = int(file.metadata()["step"])
+        except SafetensorError as error:
+            raise UsageError(f"{self.path}: not a readable checkpoint ({error}); "
+                             "delete it to start this stage again") from None
+        tqdm.write(f"Going on from step {step} of an interrupted run ({self.path}).")
+        return step
 
-# ----------------------------------------------------------------------------- what survives a crash
-
-def settings(args: Args, stage: str) -> dict:
-    """What determines a stage's result: flags by name, and the contents of the training file."""
-    shared = ["task", "model", "train", "seed", "sft_steps", "sft_documents", "sft_lr", "sft_noise", "sft_answers", "clip",
-              "width", "layers", "dtype", "rounding"]
-    distilled = ["steps", "prompts", "rollouts", "lr", "divergence", "teacher_rate", "context", "skip_tokens", "max_prompt",
-                 "skip_long", "max_new_tokens", "temperature", "micro_tokens"]
-    chosen = {name: getattr(args, name) for name in shared + (distilled if stage != "base" else [])}
-    return chosen | {"stage": stage, "train_crc": zlib.crc32(Path(args.train).read_bytes()) if args.train else 0}
-
-
-def save_checkpoint(directory: Path, optimizer: Optimizer, ema: list[Tensor], identity: dict) -> None:
-    """Writes the state of a stage after a step, complete or not at all; safetensors, so nothing is ever unpickled."""
-    directory.mkdir(parents=True, exist_ok=True)
-    state = optimizer.tensors() | {f"ema.{i}": weight for i, weight in enumerate(ema)}
-    save_file(state, directory / "checkpoint.tmp", metadata={"step": str(optimizer.step_count), "settings": json.dumps(identity)})
-    os.replace(directory / "checkpoint.tmp", directory / "checkpoint.safetensors")
-
-
-def load_checkpoint(directory: Path, optimizer: Optimizer, ema: list[Tensor], identity: dict) -> int:
-    """Goes on from directory/checkpoint.safetensors where it has the same settings; returns the step to go on from."""
-    path = directory / "checkpoint.safetensors"
-    if not path.exists():
-        return 0
-    try:
-        with safe_open(path, framework="pt", device=str(optimizer.model.device)) as file:
-            if json.loads(file.metadata()["settings"]) != identity:
-                return 0
-            step, state = int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise UsageError(f"{path}: not a readable checkpoint ({error}); delete it to start this stage again") from None
-    optimizer.load(state, step)
-    for i, weight in enumerate(ema):
-        weight.copy_(state[f"ema.{i}"])
-    tqdm.write(f"Going on from step {step} of an interrupted run ({path}).")
-    return step
-
-
-class Log:
-    """metrics.jsonl: a JSON line a step. A stage that starts at `step` first drops its own lines from there on."""
-
-    def __init__(self, path: Path, stage: str, step: int):
+    def drop_rows_from(self, step: int) -> None:
+        """Takes this stage's rows from `step` on out of metrics.jsonl: they are made again."""
         kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
             try:
                 row = json.loads(line)
             except ValueError:
                 continue  # the last line of a run that was killed while writing
-            if row.get("stage") != stage or row["step"] < step:
+            if row.get("stage") != self.name or row["step"] < step:
                 kept.append(line + "\n")
-        path.with_suffix(".tmp").write_text("".join(kept))
-        os.replace(path.with_suffix(".tmp"), path)
-        self.file = path.open("a", buffering=1)
+        write_text(self.metrics, "".join(kept))
 
-    def write(self, row: dict) -> None:
-        self.file.write(to_json(row) + "\n")
 
-    def close(self) -> None:
-        self.file.close()
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is complete or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def to_json(value, indent: int | None = None) -> str:
@@ -592,24 +777,23 @@ def to_json(value, indent: int | None = None) -> str:
 
 # ----------------------------------------------------------------------------- evaluation
 
-def bin_of(confidence: np.ndarray, bins: int) -> np.ndarray:
-    """The equal-width bin [i/bins, (i+1)/bins) of each confidence; 1.0 belongs to the last."""
-    return np.minimum((confidence * bins + 1e-9).astype(int), bins - 1)  # 0.29 * 100 is 28.999999999999996
-
 
 def calibration(confidence, correct, bins: int = 10) -> dict:
-    """The metrics of section 5: how often the model is right, and what its stated confidence says about it.
+    """The metrics of section 5: how often the model is right, and what its confidence is worth.
 
-    confidence: [N] floats in [0, 1]; NaN where no confidence could be parsed. correct: [N] booleans or 0/1.
-    Returns accuracy and format (share of parsable confidences) over all N; and over the parsable ones
-    mean_confidence, ocg = mean c − accuracy, ece = Σ_bins n_b/n |accuracy_b − mean c_b|, brier = mean (c − R)²,
-    spr = P(c⁺ > c⁻) over (correct, wrong) pairs, ties counting as zero. A figure with nothing to average is NaN.
+    confidence: [N] floats in [0, 1]; NaN where no confidence could be parsed.
+    correct: [N] booleans or 0/1.
+    Returns accuracy and format (the share of parsable confidences) over all N, and over the
+    parsable ones mean_confidence, ocg = mean c − accuracy, ece = Σ_bins n_b/n |accuracy_b − mean
+    c_b|, brier = mean (c − R)², and spr = P(c⁺ > c⁻) over (correct, wrong) pairs with ties counted
+    as zero. A figure with nothing to average is NaN.
     Raises ValueError for arrays that are empty, of different lengths, or out of range.
     """
     c, r = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
     shaped = c.ndim == 1 and c.shape == r.shape and len(c) > 0 and bins > 0
     if not shaped or not np.isin(r, (0, 1)).all() or (c < 0).any() or (c > 1).any():
-        raise ValueError("calibration: needs two non-empty arrays of one length, confidences in [0, 1] or NaN, correct in {0, 1}")
+        raise ValueError("calibration: needs two non-empty arrays of one length, confidences in "
+                         "[0, 1] or NaN, correct in {0, 1}")
     accuracy, parsed = r.mean(), ~np.isnan(c)
     c, r = c[parsed], r[parsed]
     figures = {"accuracy": float(accuracy), "format": float(parsed.mean())}
@@ -619,13 +803,20 @@ def calibration(confidence, correct, bins: int = 10) -> dict:
     ece = sum(abs((r - c)[which == b].sum()) for b in range(bins)) / len(c)
     right, wrong = c[r == 1], np.sort(c[r == 0])
     pairs = len(right) * len(wrong)
-    spr = np.searchsorted(wrong, right, side="left").sum() / pairs if pairs else math.nan  # "left" counts c⁻ < c⁺ strictly
-    return figures | {"mean_confidence": float(c.mean()), "ocg": float(c.mean() - r.mean()), "ece": float(ece),
-                      "brier": float(((c - r) ** 2).mean()), "spr": float(spr)}
+    beaten = np.searchsorted(wrong, right, side="left").sum()  # "left" counts c⁻ < c⁺ strictly
+    return figures | {
+        "mean_confidence": float(c.mean()), "ocg": float(c.mean() - r.mean()), "ece": float(ece),
+        "brier": float(((c - r) ** 2).mean()), "spr": beaten / pairs if pairs else math.nan}
+
+
+def bin_of(confidence: np.ndarray, bins: int) -> np.ndarray:
+    """The bin [i/bins, (i+1)/bins) of each confidence; 1.0 belongs to the last."""
+    # The nudge is for products such as 0.29 * 100 = 28.999999999999996.
+    return np.minimum((confidence * bins + 1e-9).astype(int), bins - 1)
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 10) -> list[dict]:
-    """The reliability diagram's bins: count, mean confidence and accuracy (NaN where empty) of the parsable confidences."""
+    """The reliability diagram: count, mean confidence and accuracy of each bin, NaN if empty."""
     parsed = ~np.isnan(confidence)
     c, r = confidence[parsed], correct[parsed]
     members = [bin_of(c, bins) == b for b in range(bins)]
@@ -633,197 +824,342 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 10) -> 
              "accuracy": float(r[m].mean()) if m.any() else math.nan} for m in members]
 
 
-def ask(model: Transformer, tokenizer: Tokenizer, task: Task, samples: int, args: Args, name: str) -> list[Group]:
-    """Every held-out question, sampled as in deployment, with a progress bar."""
-    groups, generator = [], seeded(args, "evaluation", samples, model.device)
-    with tqdm(total=len(task.held_out), desc=f"{name:>6}", unit="question", dynamic_ncols=True) as bar:
-        for start in range(0, len(task.held_out), 500):
-            groups += rollout(model, tokenizer, task, task.held_out[start:start + 500], samples, args, generator)
-            bar.update(len(groups) - bar.n)
+def bootstrap(confidence: np.ndarray, correct: np.ndarray, resamples: int = 200) -> dict:
+    """Standard error of each figure of `calibration`: questions, drawn anew with replacement.
+
+    confidence, correct: [Q, S], S answers to each of Q questions.
+    """
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(resamples):
+        rows = rng.integers(len(correct), size=len(correct))
+        drawn.append(calibration(confidence[rows].ravel(), correct[rows].ravel()))
+    errors = {}
+    for key in drawn[0]:
+        values = [figures[key] for figures in drawn if not math.isnan(figures[key])]
+        errors[key] = float(np.std(values)) if values else math.nan
+    return errors
+
+
+VALUES = np.arange(101) / 100  # the confidences that a completion can state
+
+
+def confidence_distribution(model: Transformer, tokenizer: Tokenizer, groups: list[Group],
+                            tokens_at_once: int) -> np.ndarray:
+    """P(c) over the 101 VALUES after each sampled answer, as the model has it, [N, 101] by rollout.
+
+    All 101 segments share what they begin with, and their common prefixes are computed once.
+    """
+    prefixes, segments = [], []
+    for group in groups:
+        for rollout in group.rollouts:
+            n, before = data.split_completion(tokenizer, rollout.ids)
+            prefixes.append(group.prompt + rollout.ids[:n])
+            segments.append("\n" if before is None else before)
+    branches = {before: Branches(tokenizer, before) for before in set(segments)}
+    costs = [len(prefix) + branches[before].num_tokens
+             for prefix, before in zip(prefixes, segments)]
+    rows = []
+    for batch in micro_batches(costs, tokens_at_once):
+        its = [branches[segments[i]] for i in batch]
+        shared = SharedPrefix([prefixes[i] + b.start for i, b in zip(batch, its)],
+                              [b.parents for b in its], model.device)
+        hidden = model.hidden(shared.input_ids, shared.positions, shared)[shared.predicts]
+        for b, h in zip(its, hidden.split([b.num_tokens for b in its])):
+            log_p = model.logits(h).float().log_softmax(-1).cpu()  # [num_tokens, V]
+            scores = (log_p[b.rows, b.tokens] * b.real).sum(1)  # [101]
+            rows.append(scores.softmax(0))
+    return torch.stack(rows).double().numpy()
+
+
+class Branches:
+    """The 101 confidence segments as token ids: `start`, which all share, then a branch for each.
+
+    parents: the distinct branches without their last token, each followed by any token, since the
+    logits after a parent are what its last tokens are read from. rows, tokens, real [101, L]: where
+    the logits of a branch's tokens stand among those of the parents; `real` is 0 for padding.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: str):
+        ids = [tokenizer.encode(before + data.format_confidence(value)) for value in VALUES]
+        self.start = os.path.commonprefix(ids)
+        branches = [tuple(segment[len(self.start):]) for segment in ids]
+        parents = list(dict.fromkeys(branch[:-1] for branch in branches))
+        self.parents = [[*parent, 0] for parent in parents]
+        self.num_tokens = sum(map(len, self.parents))
+        first = dict(zip(parents, np.cumsum([0, *map(len, self.parents)])))
+        shape = len(branches), max(map(len, branches))
+        self.rows, self.tokens = torch.zeros(shape).long(), torch.zeros(shape).long()
+        self.real = torch.zeros(shape)
+        for i, branch in enumerate(branches):
+            n = len(branch)
+            self.rows[i, :n] = int(first[branch[:-1]]) + torch.arange(n)
+            self.tokens[i, :n] = torch.tensor(branch)
+            self.real[i, :n] = 1
+
+
+def ask(model: Transformer, tokenizer: Tokenizer, examples: list[Example], wording: Wording,
+        samples: int, sampling: Sampling, generator: torch.Generator, name: str) -> list[Group]:
+    """`rollout` over many examples, with a progress bar."""
+    groups = []
+    with tqdm(total=len(examples), desc=f"{name:>6}", unit="question", dynamic_ncols=True) as bar:
+        for start in range(0, len(examples), 500):
+            part = examples[start:start + 500]
+            groups += rollout(model, tokenizer, part, wording, samples, sampling, generator)
+            bar.update(len(part))
     return groups
 
 
-def evaluate(model: Transformer, tokenizer: Tokenizer, task: Task, args: Args, name: str) -> dict:
-    """Asks every held-out question once; returns the metrics, also by grade, the reliability bins and the oracle's figures."""
-    groups = ask(model, tokenizer, task, 1, args, name)
-    stated = [data.parse_confidence(tokenizer.decode(group.completions[0])) for group in groups]
-    confidence = np.array([math.nan if c is None else c for c in stated])
-    correct = np.array([group.mu_hat for group in groups])
-    grades = np.array([group.example.grade for group in groups])
-    by_grade = {}
-    for grade in dict.fromkeys(grades):
-        its = grades == grade
-        by_grade[str(grade)] = calibration(confidence[its], correct[its]) | {"count": int(its.sum())}
-    figures = calibration(confidence, correct) | {
-        "questions": len(groups), "cut_off": mean([not ended(tokenizer, group.completions[0]) for group in groups]),
-        "by_grade": by_grade, "reliability": reliability(confidence, correct)}
-    if args.oracle:
-        mu = [group.mu_hat for group in ask(model, tokenizer, task, args.oracle, args, name)]
-        figures["oracle"] = oracle(mu, correct, args.oracle)
+def stated_and_correct(groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
+    """(confidence, correct), [Q, S] each; NaN where no confidence could be parsed."""
+    stated = [[rollout.confidence for rollout in group.rollouts] for group in groups]
+    correct = [[rollout.correct for rollout in group.rollouts] for group in groups]
+    return np.array(stated, dtype=float), np.array(correct, dtype=float)
+
+
+PAPER = {"temperature": 0.6, "top_p": 0.95}  # how the paper samples what it evaluates
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], wording: Wording,
+             sampling: Sampling, seed: int, samples: int = 1, oracle_samples: int = 0,
+             paper_samples: int = 0, name: str = "") -> dict:
+    """Asks every example `samples` times, as in deployment.
+
+    Returns the metrics of `calibration` with their standard errors (stderr), by_grade, reliability
+    bins, and the same metrics under readouts: of the confidence as it was stated, of the likeliest
+    one after the sampled answer (greedy), and of its mean (expected). With oracle_samples, `oracle`
+    has what the best prompt-level confidence would score; with paper_samples, `paper` has the
+    metrics of so many answers a question sampled as the paper does.
+    """
+    model = model.for_inference()
+    generator = seeded(seed, "evaluation", 1, model.device)
+    groups = ask(model, tokenizer, examples, wording, samples, sampling, generator, name)
+    confidence, correct = stated_and_correct(groups)
+    p = confidence_distribution(model, tokenizer, groups, sampling.tokens_at_once)
+    c, r, grades = confidence.ravel(), correct.ravel(), np.repeat(
+        [group.example.grade for group in groups], samples)
+    figures = calibration(c, r) | {
+        "questions": len(groups), "stderr": bootstrap(confidence, correct),
+        "truncated": fmean(rollout.truncated for group in groups for rollout in group.rollouts),
+        "by_grade": {str(grade): calibration(c[grades == grade], r[grades == grade])
+                     for grade in dict.fromkeys(grades)},
+        "reliability": reliability(c, r),
+        "readouts": {"stated": calibration(c, r), "greedy": calibration(VALUES[p.argmax(1)], r),
+                     "expected": calibration((p @ VALUES).clip(0, 1), r)}}
+    if oracle_samples:
+        generator = seeded(seed, "evaluation", oracle_samples, model.device)
+        others = ask(model, tokenizer, examples, wording, oracle_samples, sampling, generator, name)
+        mu = np.repeat([mu_hat(group)[0] for group in others], samples)
+        figures["oracle"] = oracle(mu, r, oracle_samples)
+    if paper_samples:
+        generator, sampling = seeded(seed, "paper", 1, model.device), replace(sampling, **PAPER)
+        groups = ask(model, tokenizer, examples, wording, paper_samples, sampling, generator, name)
+        confidence, correct = stated_and_correct(groups)
+        figures["paper"] = calibration(confidence.ravel(), correct.ravel()) | {
+            "stderr": bootstrap(confidence, correct)}
     return figures
 
 
-def oracle(mu: list[float], correct: np.ndarray, samples: int) -> dict:
-    """What the best prompt-level confidence would score: c = μ(x), estimated from `samples` other answers to each question.
+def oracle(mu: np.ndarray, correct: np.ndarray, samples: int) -> dict:
+    """What the best prompt-level confidence would score: c = μ(x), estimated from `samples` other
+    answers to each question.
 
-    Brier is the floor E[μ(1 − μ)], unbiased: E[μ̂(1 − μ̂)] = (1 − 1/N) μ(1 − μ). SPR and ECE are those of μ̂ itself,
-    whose sampling error costs a little. theory/prompt_level.py has both yardsticks exactly.
+    Brier is the floor E[μ(1 − μ)], unbiased, since E[μ̂(1 − μ̂)] = (1 − 1/N) μ(1 − μ). SPR and ECE
+    are those of μ̂ itself. theory/prompt_level.py has both yardsticks exactly.
     """
-    mu = np.asarray(mu)
-    return calibration(mu, correct) | {"brier": float((mu * (1 - mu)).mean() * samples / (samples - 1))}
+    floor = float((mu * (1 - mu)).mean() * samples / (samples - 1))
+    return calibration(mu, correct) | {"brier": floor}
 
 
-# ----------------------------------------------------------------------------- what the user sees
+# ------------------------------------------------------------------------- what the user sees
 
-NAMES = {"base": "base", "opd": "OPD", "caopd": "CaOPD"}
-COLUMNS = {"accuracy": "accuracy", "mean_confidence": "mean conf.", "ocg": "OCG", "ece": "ECE", "brier": "Brier", "spr": "SPR",
-           "format": "format"}
+COLUMNS = {"accuracy": "accuracy", "mean_confidence": "mean conf.", "ocg": "OCG", "ece": "ECE",
+           "brier": "Brier", "spr": "SPR", "format": "format"}
+
+
+def title(name: str) -> str:
+    return METHODS[name].title if name in METHODS else name
+
+
+def number(value: float, sign: str = "") -> str:
+    """Three decimals, without the zero before the point."""
+    return f"{value:{sign}.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:{sign}.3f}"
 
 
 def table(results: dict) -> str:
-    """The metrics of each model, a row a model."""
-    lines = [f"{'':14}" + "".join(f"{title:>12}" for title in COLUMNS.values())]
+    """The metrics of each model with their standard errors over questions, a row a model."""
+    lines = [f"{'':18}" + "".join(f"{column:>12}" for column in COLUMNS.values())]
     for name, row in results.items():
-        for title, figures in ((NAMES[name], row), ("  oracle μ(x)", row.get("oracle"))):
-            if figures:
-                cells = (f"{figures[key]:>+12.3f}" if key == "ocg" else f"{figures[key]:>12.3f}" for key in COLUMNS)
-                lines.append(f"{title:14}" + "".join(cells))
+        cells = (f"{number(row[key], '+' if key == 'ocg' else '')} ±{number(row['stderr'][key])}"
+                 for key in COLUMNS)
+        lines.append(f"{title(name):18}" + "".join(f"{cell:>12}" for cell in cells))
+    return "\n".join(lines)
+
+
+def readout_table(results: dict) -> str:
+    """ECE / Brier / SPR of each readout, then what the best prompt-level confidence would score.
+
+    Where OPD is there: how much of Brier's gap from OPD to that floor is closed.
+    """
+    words = "stated", "greedy", "expected", "floor / ceiling", "gap closed"
+    lines = [f"{'ECE / Brier / SPR':18}" + "".join(f"{word:>20}" for word in words)]
+    for name, row in results.items():
+        cells = [" / ".join(number(figures[key]) for key in ("ece", "brier", "spr"))
+                 for figures in row["readouts"].values()]
+        if best := row.get("oracle"):
+            cells.append(f"{number(best['brier'])} / {number(best['spr'])}")
+        if best and "opd" in results and results["opd"]["brier"] > best["brier"]:
+            worst, gap = results["opd"]["brier"], results["opd"]["brier"] - best["brier"]
+            closed = ((worst - row["readouts"][key]["brier"]) / gap
+                      for key in ("stated", "expected"))
+            cells.append(" / ".join(f"{share:.0%}" for share in closed))
+        lines.append(f"{title(name):18}" + "".join(f"{cell:>20}" for cell in cells))
     return "\n".join(lines)
 
 
 def grade_table(results: dict) -> str:
     """Accuracy / mean confidence by grade, a row a grade."""
     grades = next(iter(results.values()))["by_grade"]
-    lines = [f"{'accuracy / confidence':24}" + "".join(f"{NAMES[name]:>14}" for name in results)]
+    lines = [f"{'accuracy / confidence':22}" + "".join(f"{title(name):>17}" for name in results)]
     for grade in grades:
         cells = [row["by_grade"][grade] for row in results.values()]
-        lines.append(f"{grade[:22]:24}" + "".join(f"{cell['accuracy']:>7.2f} / {cell['mean_confidence']:.2f}" for cell in cells))
+        lines.append(f"{grade[:20]:22}" + "".join(
+            f"{c['accuracy']:>10.2f} / {c['mean_confidence']:.2f}" for c in cells))
     return "\n".join(lines)
 
 
-def diagram(results: dict, width: int = 20) -> str:
-    """Reliability diagrams as text: █ is the accuracy of a confidence bin, │ what it says on average, then its share."""
-    total = {name: max(1, sum(b["count"] for b in row["reliability"])) for name, row in results.items()}
-    lines = ["confidence   " + "".join(f"{NAMES[name]:<{width + 8}}" for name in results)]
+def diagram(results: dict, width: int = 16) -> str:
+    """Reliability as text: █ is a bin's accuracy, │ its mean confidence, then its share."""
+    lines = ["confidence   " + "".join(f"{title(name):<{width + 8}}" for name in results)]
     for i in range(9, -1, -1):
         cells = []
-        for name, row in results.items():
-            b = row["reliability"][i]
-            bar = [" "] * (width + 1)
+        for row in results.values():
+            b, total = row["reliability"][i], sum(b["count"] for b in row["reliability"])
+            bar, share = [" "] * (width + 1), " " * 7
             if b["count"]:
                 bar[:round(b["accuracy"] * width)] = "█" * round(b["accuracy"] * width)
                 bar[round(b["confidence"] * width)] = "│"
-            cells.append("".join(bar) + (f"{b['count'] / total[name]:>5.0%}  " if b["count"] else " " * 7))
+                share = f"{b['count'] / total:>5.0%}  "
+            cells.append("".join(bar) + share)
         lines.append(f"{i / 10:.1f} to {(i + 1) / 10:.1f}   " + "".join(cells))
     return "\n".join(lines)
 
 
-def findings(results: dict) -> str:
-    """A sentence on each method, written from its figures."""
-    base, lines = results["base"], []
-    for name in ("opd", "caopd"):
-        if name in results:
-            row = results[name]
-            gap = "more" if row["ocg"] > 0 else "less"
-            lines.append(f"{NAMES[name]} took accuracy from {base['accuracy']:.2f} to {row['accuracy']:.2f}. It says "
-                         f"{row['mean_confidence']:.2f} on average, {abs(row['ocg']):.2f} {gap} than it gets right "
-                         f"(base: {base['ocg']:+.2f}); a right answer states a higher confidence than a wrong one in "
-                         f"{row['spr']:.0%} of pairs, and ECE is {row['ece']:.3f} (base: {base['ece']:.3f}).")
-    return "\n".join(lines)
+# ----------------------------------------------------------------------------- the command line
+
+RUN, DISTILL, SAMPLE, BASE, TOY, EVAL, HARDWARE = (
+    "what to run", "distillation", "lengths and sampling", "supervised stage (makes the base)",
+    "the embedded world's transformer", "evaluation", "hardware")
+
+# What a flag decides: the base model and everything after it, or what a method makes of the base.
+# Checkpoints and a base are taken up again only where every flag that decides them is the same.
+ALL, METHOD, NOTHING = "all", "method", "nothing"
 
 
-def draw(results: dict, path: Path) -> None:
-    """Reliability diagrams side by side; matplotlib is optional and imported only here."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(results), figsize=(3.4 * len(results), 3.6), sharey=True, squeeze=False)
-    for axis, (name, row) in zip(axes[0], results.items()):
-        filled = [(i, b) for i, b in enumerate(row["reliability"]) if b["count"]]
-        total = sum(b["count"] for _, b in filled)
-        axis.plot([0, 1], [0, 1], color="0.6", lw=1, ls="--", zorder=1)
-        axis.bar([(i + 0.5) / 10 for i, _ in filled], [b["accuracy"] for _, b in filled], width=0.09,
-                 color=[plt.cm.Blues(0.25 + 0.7 * b["count"] / total) for _, b in filled], edgecolor="0.3", lw=0.6, zorder=2)
-        axis.axvline(row["mean_confidence"], color="tab:red", lw=1.2, label="mean confidence")
-        axis.axhline(row["accuracy"], color="tab:green", lw=1.2, label="accuracy")
-        axis.set(title=f"{NAMES[name]}\nECE {row['ece']:.3f}   OCG {row['ocg']:+.2f}   SPR {row['spr']:.2f}",
-                 xlabel="stated confidence", xlim=(0, 1.02), ylim=(0, 1.02))
-        axis.title.set_fontsize(10)
-    axes[0][0].set_ylabel("share correct")
-    axes[0][0].legend(fontsize=8, loc="upper left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def flag(group: str, decides: str, default, help: str, choices: tuple | None = None):
+    return dataclasses.field(default=default, metadata={"group": group, "decides": decides,
+                                                        "help": help, "choices": choices})
 
 
-# ----------------------------------------------------------------------------- what fits
+@dataclass
+class Args:
+    """The command line: one field a flag. None stands for a default that DEFAULTS has."""
 
-def layer_bytes(config: Config, longest: int, args: Args) -> float:
-    """What one layer keeps of a token for its gradient; `longest` is the tokens of a prompt with its K completions."""
-    heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    # attention gathers K · (P + C) keys for the P + K · C tokens
-    repeated = args.rollouts * (longest - (args.rollouts - 1) * args.max_new_tokens) / longest
-    numbers = 6 * config.hidden_size + 4 * config.intermediate_size + 5 * heads + (8 + 2 * repeated) * keys
-    norms = 2 * config.hidden_size + heads + keys  # they are computed in float32
-    return 4 * numbers if args.dtype == "float32" else 2 * (numbers + norms)
+    method: str = flag(RUN, NOTHING, "both", "what to train from the same base, separated by "
+                       "commas: " + ", ".join(METHODS) + "; `both` is opd,caopd")
+    task: str = flag(RUN, ALL, "arithmetic", "the questions and their verifier; mcq and tool need "
+                     "--train and --eval", data.TASKS)
+    model: str = flag(RUN, ALL, "", "a Hugging Face model directory, or a hub name; without it, "
+                      "the embedded world")
+    train: str = flag(RUN, NOTHING, "", "JSONL file to train on: `prompt`, `answer`, optionally "
+                      "`system`, `demo`, `grade`")
+    eval: str = flag(RUN, NOTHING, "", "JSONL file of held-out questions, in the same form")
+    out: str = flag(RUN, NOTHING, "", "directory for results, metrics and models (default out/toy, "
+                    "or out/TASK with --model)")
+    seed: int = flag(RUN, ALL, 0, "seed of everything random")
+
+    steps: int = flag(DISTILL, METHOD, None, "updates of each method")
+    prompts: int = flag(DISTILL, METHOD, None, "prompts x a step")
+    rollouts: int = flag(DISTILL, METHOD, 8, "K, completions a prompt: the paper finds calibration "
+                         "wants K >= 8")
+    lr: float = flag(DISTILL, METHOD, None, "AdamW's peak learning rate: warm-up, then cosine to 0")
+    warmup: int = flag(DISTILL, METHOD, None, "steps of warm-up, at most a tenth of --steps")
+    weight_decay: float = flag(DISTILL, METHOD, None, "AdamW's weight decay, of matrices")
+    clip: float = flag(DISTILL, ALL, 1.0, "largest gradient norm")
+    divergence: str = flag(DISTILL, METHOD, "reverse", "of the answer: KL(student||teacher) as in "
+                           "Eq. 2, KL(teacher||student), or Jensen-Shannon", tuple(DIVERGENCES))
+    confidence_divergence: str = flag(DISTILL, METHOD, "", "of the stated confidence (default: the "
+                                      "same)", tuple(DIVERGENCES))
+    teacher_rate: float = flag(DISTILL, METHOD, None, "EMA rate of the teacher, a step: 0 is a "
+                               "frozen teacher, 1 the live student")
+    context: str = flag(DISTILL, METHOD, "demo", "privileged context z: a demonstration (SDFT), or "
+                        "another correct rollout of the student (SDPO)", ("demo", "solution"))
+    skip_tokens: int = flag(DISTILL, METHOD, 0, "leave the first tokens of each completion out of "
+                            "the loss (the released code: 3)")
+
+    max_prompt: int = flag(SAMPLE, NOTHING, 1024, "longest prompt in tokens; a longer one is "
+                           "refused, never cut")
+    skip_long: bool = flag(SAMPLE, NOTHING, False, "leave longer prompts out, counted, instead of "
+                           "refusing")
+    max_new_tokens: int = flag(SAMPLE, METHOD, None, "longest completion in tokens; one cut off "
+                               "here counts as wrong")
+    temperature: float = flag(SAMPLE, METHOD, 1.0, "sampling temperature of rollouts")
+
+    sft_steps: int = flag(BASE, ALL, None, "updates that teach the format, the habit of high "
+                          "confidence, and how to follow a demonstration")
+    sft_documents: int = flag(BASE, ALL, None, "documents a step, half closed-book, half open-book")
+    sft_lr: float = flag(BASE, ALL, None, "peak learning rate")
+    sft_noise: float = flag(BASE, ALL, None, "share of wrong closed-book answers, so that the base "
+                            "knows better than it writes")
+    sft_answers: float = flag(BASE, ALL, None, "share of the updates, at the start, that teach "
+                              "answers alone, in documents that stop before the confidence")
+
+    width: int = flag(TOY, ALL, 128, "hidden size")
+    layers: int = flag(TOY, ALL, 3, "number of layers")
+
+    eval_questions: int = flag(EVAL, NOTHING, None, "most held-out questions to ask")
+    eval_temperature: float = flag(EVAL, NOTHING, 1.0, "sampling temperature; 1 is where mu_hat is "
+                                   "measured")
+    eval_top_p: float = flag(EVAL, NOTHING, 1.0, "nucleus sampling")
+    eval_samples: int = flag(EVAL, NOTHING, 1, "answers a question")
+    paper_samples: int = flag(EVAL, NOTHING, None, "answers a question, sampled as the paper "
+                              "evaluates: temperature 0.6, top-p 0.95; 0 leaves it out")
+    oracle: int = flag(EVAL, NOTHING, None, "also estimate each question's success rate mu(x) from "
+                       "N samples: what a confidence c = mu(x) would score; 0 leaves it out")
+    split: str = flag(EVAL, NOTHING, "held-out", "validation asks a further fifth of the training "
+                      "questions, and leaves them out of training: for choosing settings",
+                      data.SPLITS)
+
+    device: str = flag(HARDWARE, NOTHING, "auto", "cpu, cuda or cuda:i; auto takes a GPU where "
+                       "there is one")
+    dtype: str = flag(HARDWARE, ALL, "auto", "auto is bfloat16 for --model where the hardware "
+                      "multiplies it natively, else float32", ("auto", "float32", "bfloat16"))
+    rounding: str = flag(HARDWARE, ALL, "nearest", "for bfloat16: nearest keeps float32 master "
+                         "weights of student and teacher; stochastic keeps bfloat16 alone, rounded "
+                         "at random and right on average, in 14 bytes a weight instead of 22",
+                         ("nearest", "stochastic"))
+    recompute: bool = flag(HARDWARE, NOTHING, False, "activation checkpointing: keep each layer's "
+                           "input alone, a third slower, several times less memory a token")
+    teacher_device: str = flag(HARDWARE, NOTHING, "same", "cpu offloads the teacher's layers to "
+                               "main memory and brings them over one at a time", ("same", "cpu"))
+    micro_tokens: int = flag(HARDWARE, METHOD, None, "tokens computed at once; lower it when "
+                             "memory runs out: the loss stays the same, samples are drawn in "
+                             "another order")
+    save_every: int = flag(HARDWARE, NOTHING, 50, "steps between checkpoints; an interrupted run "
+                           "goes on from the last one")
 
 
-def memory_needed(config: Config, longest: int, args: Args) -> dict[str, float]:
-    """Bytes a distillation step will hold on the device, by purpose, `longest` as above. Fragmentation comes on top."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    weights, layers = (sum(p.numel() for p in part.parameters()) for part in (model, model.model.layers))
-    size = 2 if args.dtype == "bfloat16" else 4
-    copy = 4 if size == 2 and args.rounding == "nearest" else 0  # bytes of a float32 copy, where there is one
-    resident = weights - layers if args.teacher_device == "cpu" else weights  # the teacher's weights that stay on the device
-    step = longest * max(args.prompts, args.sft_documents if args.sft_steps else 0)  # at most
-    tokens, layer = max(longest, min(args.micro_tokens, step)), layer_bytes(config, longest, args)
-    kept = config.num_hidden_layers * size * config.hidden_size + layer if args.recompute else config.num_hidden_layers * layer
-    cache = 2 * size * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # keys and values of a token
-    losing, sampling = tokens * kept + 6 * 4 * CHUNK, max(longest, min(SAMPLING * args.micro_tokens, step)) * cache + tokens * layer
-    updating = (0 if size == 4 else 16) * config.vocab_size * config.hidden_size  # float32 copies of the largest tensor
-    return {"weights, gradient and optimizer": weights * (size + copy + (copy or size) + 8), "teacher": resident * (size + copy),
-            "working memory": max(losing, sampling, updating)}
+DEFAULTS = {  # field: (embedded world, --model)
+    "steps": (300, 100), "prompts": (16, 32), "lr": (3e-4, 1e-5), "warmup": (30, 10),
+    "weight_decay": (0.0, 0.01), "teacher_rate": (0.0035, 0.05), "max_new_tokens": (16, 1024),
+    "sft_steps": (900, 0), "sft_documents": (128, 32), "sft_lr": (3e-3, 2e-4),
+    "sft_noise": (0.25, 0.2), "sft_answers": (0.6, 0.0), "eval_questions": (2000, 500),
+    "paper_samples": (8, 4), "oracle": (8, 4), "micro_tokens": (16384, 4096)}
 
 
-def memory_free(device: torch.device) -> float:
-    """Bytes that can still be had: of the GPU's own memory, or of main memory; infinite where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return math.inf
+class UsageError(ValueError):
+    """A request that cannot be served; the message names the flag or file, and what to do."""
 
-
-def teacher_length(example: Example, tokenizer: Tokenizer, wording: data.Wording) -> int:
-    """Tokens of (x, z̃), the longest prompt that an example makes."""
-    return len(tokenizer.chat(data.teacher_messages(example, wording, data.stated(example.demo, 1.0), report=1.0)))
-
-
-def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args, device: torch.device) -> None:
-    """Prints what the run will need and what there is; refuses one that cannot fit, and names the flags that help."""
-    sample = task.draw(64, "memory", 0)
-    longest = max(teacher_length(example, tokenizer, task.wording) for example in sample) + args.rollouts * args.max_new_tokens
-    parts, free = memory_needed(config, longest, args), memory_free(device)
-    needed = sum(parts.values())
-    shown = ", ".join(f"{name} {size / 2 ** 30:.1f}" for name, size in parts.items())
-    print(f"Memory: about {needed / 2 ** 30:.1f} GiB needed on {device} ({shown}), {free / 2 ** 30:.1f} free.")
-    if needed <= free:
-        return
-    remedies = {"--recompute": {"recompute": True}, f"--micro-tokens {longest}": {"micro_tokens": longest},
-                "--dtype bfloat16 --rounding stochastic": {"dtype": "bfloat16", "rounding": "stochastic"},
-                "--teacher-device cpu": {"teacher_device": "cpu"}}
-    offers = [(sum(memory_needed(config, longest, dataclasses.replace(args, **change)).values()), name)
-              for name, change in remedies.items() if device.type == "cuda" or name != "--teacher-device cpu"]
-    helps = ", ".join(f"{name} {size / 2 ** 30:.1f} GiB" for size, name in sorted(offers) if size < 0.99 * needed)
-    raise UsageError(f"{args.model or 'the embedded world'}: a step needs about {needed / 2 ** 30:.1f} GiB on {device} ({shown}), and "
-                     f"{free / 2 ** 30:.1f} are free. What each of these alone would bring it to: "
-                     f"{helps or 'no flag helps, take a smaller model'}")
-
-
-# ----------------------------------------------------------------------------- main
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -831,8 +1167,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(argv: list[str] | None) -> Args:
-    """Reads the command line into Args and fills in the defaults that depend on --model. Raises UsageError."""
-    parser = Parser(prog="caopd.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Reads the command line into Args and fills in DEFAULTS. Raises UsageError."""
+    parser = Parser(prog="caopd.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {}
     for field in dataclasses.fields(Args):
         group, help, choices = (field.metadata[key] for key in ("group", "help", "choices"))
@@ -843,14 +1180,19 @@ def parse_args(argv: list[str] | None) -> Args:
             groups[group].add_argument(name, action="store_true", help=help)
             continue
         toy, real = DEFAULTS.get(field.name, (default, default))
-        shown = f" [{toy}]" if toy == real and toy != "" else f" [{toy}; with --model {real}]" if toy != real else ""
+        if toy != real:
+            help += f" [{toy}; with --model {real}]"
+        elif toy != "":
+            help += f" [{toy}]"
         word = "PATH" if field.name in ("train", "eval", "out") else "NAME"
         metavar = None if choices else {int: "N", float: "X", str: word}[field.type]
-        groups[group].add_argument(name, type=field.type, default=default, choices=choices, metavar=metavar, help=help + shown)
+        groups[group].add_argument(name, type=field.type, default=default, choices=choices,
+                                   metavar=metavar, help=help)
     args = Args(**vars(parser.parse_args(argv)))
     for name, defaults in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, defaults[bool(args.model)])
+    args.method = "opd,caopd" if args.method == "both" else args.method
     args.out = args.out or os.path.join("out", args.task if args.model else "toy")
     check(args)
     return args
@@ -858,120 +1200,270 @@ def parse_args(argv: list[str] | None) -> Args:
 
 def check(args: Args) -> None:
     """Refuses what cannot work before anything is loaded or written."""
-    def refuse(name: str, wish: str):
-        raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: it should be {wish}")
+    def require(wish: str, holds: Callable, *names: str):
+        for name in names:
+            if not holds(getattr(args, name)):
+                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+                raise UsageError(f"{flag}: it should be {wish}")
 
-    for name in ("steps", "prompts", "rollouts", "max_prompt", "max_new_tokens", "sft_documents", "width", "layers",
-                 "eval_questions", "micro_tokens", "save_every"):
-        if getattr(args, name) < 1:
-            refuse(name, "at least 1")
-    for name in ("sft_steps", "skip_tokens"):
-        if getattr(args, name) < 0:
-            refuse(name, "0 or more")
-    if args.oracle < 0 or args.oracle == 1:
-        refuse("oracle", "at least 2 samples a question, or 0")
-    for name in ("lr", "sft_lr", "clip", "temperature"):
-        if not (math.isfinite(getattr(args, name)) and getattr(args, name) > 0):
-            refuse(name, "a positive number")
-    for name in ("teacher_rate", "sft_noise", "sft_answers"):
-        if not 0 <= getattr(args, name) <= 1:
-            refuse(name, "between 0 and 1")
-    if args.width % 8:
-        refuse("width", "a multiple of 8 (the embedded world's transformer has 4 heads)")
+    require("at least 1", lambda n: n >= 1, "steps", "prompts", "rollouts", "max_prompt", "width",
+            "max_new_tokens", "sft_documents", "layers", "eval_questions", "micro_tokens",
+            "save_every", "eval_samples")
+    require("0 or more", lambda n: n >= 0, "sft_steps", "skip_tokens", "warmup", "paper_samples")
+    require("at least 2 samples a question, or 0", lambda n: n == 0 or n >= 2, "oracle")
+    require("a positive number", lambda x: 0 < x < math.inf, "lr", "sft_lr", "clip", "temperature")
+    require("a number, 0 or more", lambda x: 0 <= x < math.inf, "weight_decay", "eval_temperature")
+    require("between 0 and 1", lambda x: 0 <= x <= 1, "teacher_rate", "sft_noise", "sft_answers")
+    require("over 0 and at most 1", lambda x: 0 < x <= 1, "eval_top_p")
+    require("a multiple of 8 (the embedded world's transformer has 4 heads)", lambda n: n % 8 == 0,
+            "width")
+    require("one or several of " + ", ".join(METHODS) + ", separated by commas, or both",
+            lambda text: set(text.split(",")) <= METHODS.keys(), "method")
+    methods = [METHODS[name] for name in args.method.split(",")]
+    if any(m.confidence is leave_one_out or m.standardize for m in methods) and args.rollouts < 2:
+        raise UsageError(f"--rollouts 1: {args.method} compares the rollouts of a prompt")
+    sampled = {sampled_kl, vopd, policy_gradient}
+    if args.temperature != 1 and any(method.answer_loss in sampled for method in methods):
+        raise UsageError(f"--temperature {args.temperature}: {args.method} learns from samples of "
+                         "the student itself, at temperature 1")
+    if any(method.reference for method in methods) and args.context != "demo":
+        raise UsageError("--method caopd-sc needs --context demo: without a verifier no rollout is "
+                         "known to be correct")
+    if any(method.reference for method in methods) and args.teacher_device == "cpu":
+        raise UsageError("--method caopd-sc samples from the teacher: leave out --teacher-device")
     if bool(args.train) != bool(args.eval) or args.task != "arithmetic" and not args.train:
         raise UsageError(f"--task {args.task} needs both --train FILE.jsonl and --eval FILE.jsonl")
     if args.train and not args.model:
-        raise UsageError("--train and --eval need --model: the embedded world's tiny tokenizer knows arithmetic alone")
-    if args.figure:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise UsageError("--figure needs matplotlib: pip install matplotlib, or leave the flag out "
-                             "(tables and text diagrams are printed anyway)") from None
+        raise UsageError("--train and --eval need --model: the embedded world's tiny tokenizer "
+                         "knows arithmetic alone")
 
 
-def pick_device(args: Args) -> torch.device:
-    if args.device == "auto":
+def settings(args: Args, stage: str, task: Task) -> dict:
+    """What determines the result of a stage: its flags, by name, and its training questions."""
+    deciding = (ALL,) if stage == "base" else (ALL, METHOD)
+    chosen = {field.name: getattr(args, field.name) for field in dataclasses.fields(Args)
+              if field.metadata["decides"] in deciding}
+    return {"stage": stage, "questions": task.fingerprint} | chosen
+
+
+def rollout_sampling(args: Args) -> Sampling:
+    return Sampling(args.max_new_tokens, args.temperature, 1.0, SAMPLED * args.micro_tokens)
+
+
+SAMPLED = 4  # sampling keeps keys and values alone: it takes this many times --micro-tokens at once
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(args.device)
+        device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"--device {args.device}: it should be cpu, cuda or cuda:i") from None
-    if device.type not in ("cpu", "cuda") or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {args.device}: no such device here; there are cpu and "
-                         f"{torch.cuda.device_count()} cuda devices")
+        raise UsageError(f"--device {name}: it should be cpu, cuda or cuda:i") from None
+    count = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda") or device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(f"--device {name}: no such device here; there are cpu and {count} cuda "
+                         "devices")
     return device
 
 
-def pick_dtype(args: Args, device: torch.device) -> torch.dtype:
-    """bfloat16 for real models where it is the fast one: on a CPU that only emulates it, float32 is 3 times as fast."""
+def pick_dtype(args: Args, device: torch.device) -> str:
+    """bfloat16 for real models where it is the fast one: a CPU that emulates it is slower."""
     if args.dtype != "auto":
-        return getattr(torch, args.dtype)
-    able = device.type == "cuda" or any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
-    return torch.bfloat16 if args.model and able else torch.float32
+        return args.dtype
+    native = (torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
+    return "bfloat16" if args.model and (device.type == "cuda" or any(native)) else "float32"
 
 
 def find_model(name: str) -> Path | None:
-    """A directory as it is; a hub name through huggingface_hub, weights and texts only; None for the embedded world."""
+    """A directory as it is; a hub name through huggingface_hub; None for the embedded world."""
     if not name:
         return None
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UsageError(f"--model {name}: no such directory; pass a Hugging Face model directory or a hub name like owner/model")
+        raise UsageError(f"--model {name}: no such directory; pass a Hugging Face model directory "
+                         "or a hub name like owner/model")
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except Exception as error:  # no network, no such model, no access, no huggingface_hub: the remedy is the same
+        texts_and_weights = ["*.json", "*.safetensors", "*.jinja"]
+        return Path(snapshot_download(name, allow_patterns=texts_and_weights))
+    except Exception as error:  # whatever is missing (network, model, access), the remedy is one
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"--model {name}: not a directory, and not to be had from the hub ({reason}); "
-                         "download it elsewhere and pass its directory") from None
+        raise UsageError(f"--model {name}: not a directory, and not to be had from the hub "
+                         f"({reason}); download it elsewhere and pass its directory") from None
 
 
-def fitting(examples: list[Example], tokenizer: Tokenizer, wording: data.Wording, config: Config, args: Args) -> list[Example]:
-    """The examples within --max-prompt and the model's positions; the rest are refused or, with --skip-long, counted."""
-    kept = []
-    for example in tqdm(examples, desc="reading", unit="prompt", leave=False, disable=len(examples) < 500):
+# ----------------------------------------------------------------------------- the questions
+
+
+def make_task(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
+    """The generated questions, or those of --train and --eval, within the limits of length."""
+    if not args.train:
+        task = data.arithmetic_task(args.seed, args.eval_questions, bool(args.model), args.split)
+        every_grade = task.held_out + task.draw(64, "lengths", 0)
+        fitting(every_grade, tokenizer, task.wording, config, replace(args, skip_long=False))
+        return task
+    train, held_out = (
+        fitting(data.load_jsonl(path, args.task), tokenizer, data.WORDS, config, args)
+        for path in (args.train, args.eval))
+    if args.split == "validation":
+        held_out = [example for example in train if data.side(example.question) == "validation"]
+        train = [example for example in train if data.side(example.question) != "validation"]
+        if not train or not held_out:
+            raise UsageError(f"--split validation: {args.train} has too few questions to leave "
+                             "some for both sides")
+    if shared := len({e.question for e in train} & {e.question for e in held_out}):
+        print(f"Note: {shared} held-out questions are also in {args.train}; figures on them are "
+              "not held out.")
+    return data.listed_task(train, held_out[:args.eval_questions], args.seed)
+
+
+def fitting(examples: list[Example], tokenizer: Tokenizer, wording: Wording, config: Config,
+            args: Args) -> list[Example]:
+    """The examples within --max-prompt and the model's positions.
+
+    Longer ones are refused, or left out and counted with --skip-long.
+    """
+    kept, limit = [], config.max_position_embeddings
+    for example in tqdm(examples, desc="reading", unit="prompt", leave=False,
+                        disable=len(examples) < 500):
         prompt = len(tokenizer.chat(data.student_messages(example, wording)))
         total = teacher_length(example, tokenizer, wording) + args.max_new_tokens
-        if prompt <= args.max_prompt and total <= config.max_position_embeddings:
+        if prompt <= args.max_prompt and total <= limit:
             kept.append(example)
         elif not args.skip_long:
-            which = f"{example.where}: the prompt" if example.where else f"the prompt {example.question!r}"
-            limit = (f"has {prompt} tokens, over --max-prompt {args.max_prompt}" if prompt > args.max_prompt else
-                     f"with demonstration and completion takes {total} tokens, over the model's {config.max_position_embeddings}")
-            raise UsageError(f"{which} {limit}; change the limits, or leave such prompts out with --skip-long")
+            which = (f"{example.where}: the prompt" if example.where
+                     else f"the prompt {example.question!r}")
+            problem = (f"has {prompt} tokens, over --max-prompt {args.max_prompt}"
+                       if prompt > args.max_prompt else
+                       f"with demonstration and completion takes {total} tokens, over the model's "
+                       f"{limit}")
+            helps = ", or leave such prompts out with --skip-long" if args.train else ""
+            raise UsageError(f"{which} {problem}; change the limits{helps}")
     if len(kept) < len(examples):
-        print(f"Left out {len(examples) - len(kept)} of {len(examples)} questions for their length.")
+        left_out = len(examples) - len(kept)
+        print(f"Left out {left_out} of {len(examples)} questions for their length.")
     if not kept:
         raise UsageError(f"--max-prompt {args.max_prompt}: no question is left")
     return kept
 
 
-def make_task(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
-    if not args.train:
-        task = data.arithmetic_task(args.seed, args.eval_questions, words=bool(args.model))
-        return dataclasses.replace(task, held_out=fitting(task.held_out, tokenizer, task.wording, config, args))
-    train, held_out = (fitting(data.load_jsonl(path, args.task), tokenizer, data.WORDS, config, args)
-                       for path in (args.train, args.eval))
-    if shared := len({e.question for e in train} & {e.question for e in held_out}):
-        print(f"Note: {shared} held-out questions are also in {args.train}; figures on them are not held out.")
-    return data.listed_task(train, held_out[:args.eval_questions], args.seed)
+def teacher_length(example: Example, tokenizer: Tokenizer, wording: Wording) -> int:
+    """Tokens of (x, z̃), the longest prompt that an example makes."""
+    demo = data.stated(example.demo, 1.0)
+    return len(tokenizer.chat(data.teacher_messages(example, wording, demo, report=1.0)))
 
 
-def toy_config(args: Args, tokenizer: Tokenizer) -> Config:
+# ----------------------------------------------------------------------------- what fits
+
+
+def memory_needed(config: Config, longest: int, args: Args) -> dict[str, float]:
+    """Bytes that a distillation step will hold on the device, by purpose.
+
+    longest: tokens of a prompt with its K completions. Fragmentation comes on top.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    weights, in_layers = (sum(p.numel() for p in part.parameters())
+                          for part in (model, model.model.layers))
+    computed = 2 if args.dtype == "bfloat16" else 4  # bytes of a number where it is computed with
+    stored = 2 if computed == 2 and args.rounding == "stochastic" else 4  # bytes of a weight
+    cast = 0 if stored == computed else computed * weights  # of all weights, for sampling
+    resident = weights - in_layers if args.teacher_device == "cpu" else weights
+
+    step = longest * max(args.prompts, args.sft_documents if args.sft_steps else 0)  # at most
+    tokens = max(longest, min(args.micro_tokens, step))
+    layer = activation_bytes(config, longest, args.rollouts, args.max_new_tokens,
+                             getattr(torch, args.dtype))
+    layers, kept = config.num_hidden_layers, config.num_hidden_layers * layer
+    if args.recompute:
+        kept = layers * computed * config.hidden_size + layer
+    losing = tokens * kept + 6 * 4 * LOGITS_AT_ONCE + (0 if args.recompute else cast)
+    cache = 2 * computed * layers * config.num_key_value_heads * config.head_dim  # bytes a token
+    sampled = max(longest, min(SAMPLED * args.micro_tokens, step))
+    sampling = sampled * cache + tokens * layer + cast
+    updating = 16 * config.vocab_size * config.hidden_size if stored == 2 else 0  # in float32
+    return {"weights, gradient and optimizer": weights * (2 * stored + 8),
+            "teacher": resident * stored, "working memory": max(losing, sampling, updating)}
+
+
+def memory_free(device: torch.device) -> float:
+    """Bytes that can still be had on the device; infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(row.split(":") for row in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return math.inf
+
+
+def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args,
+                 device: torch.device) -> None:
+    """Says what the run needs and what there is; refuses one that cannot fit, with what helps."""
+    prompts = [teacher_length(example, tokenizer, task.wording)
+               for example in task.draw(64, "memory", 0)]
+    longest = max(prompts) + args.rollouts * args.max_new_tokens
+    parts, free = memory_needed(config, longest, args), memory_free(device)
+    needed = sum(parts.values())
+    shown = ", ".join(f"{name} {size / 2 ** 30:.1f}" for name, size in parts.items())
+    print(f"Memory: about {needed / 2 ** 30:.1f} GiB needed on {device} ({shown}), "
+          f"{free / 2 ** 30:.1f} free.")
+    if needed <= free:
+        return
+    remedies = {"--recompute": {"recompute": True},
+                f"--micro-tokens {longest}": {"micro_tokens": longest},
+                "--dtype bfloat16 --rounding stochastic": {"dtype": "bfloat16",
+                                                           "rounding": "stochastic"}}
+    if device.type == "cuda":
+        remedies["--teacher-device cpu"] = {"teacher_device": "cpu"}
+    offers = []
+    for name, change in remedies.items():
+        changed = memory_needed(config, longest, replace(args, **change))
+        offers.append((sum(changed.values()), name))
+    helps = ", ".join(f"{name} {size / 2 ** 30:.1f} GiB" for size, name in sorted(offers)
+                      if size < 0.99 * needed)
+    raise UsageError(f"{args.model or 'the embedded world'}: a step needs about "
+                     f"{needed / 2 ** 30:.1f} GiB on {device} ({shown}), and "
+                     f"{free / 2 ** 30:.1f} are free. What each of these alone would bring it to: "
+                     f"{helps or 'no flag helps, take a smaller model'}")
+
+
+# ----------------------------------------------------------------------------- main
+
+
+def toy_model(args: Args, tokenizer: Tokenizer) -> Config:
     """The embedded world's transformer: a Qwen3 of about 0.6 M parameters at width 128."""
     end = tokenizer.eos_ids[0]
-    return Config(model_type="qwen3", vocab_size=tokenizer.backend.get_vocab_size(), hidden_size=args.width,
-                  intermediate_size=11 * args.width // 4, num_hidden_layers=args.layers, num_attention_heads=4,
-                  num_key_value_heads=4, head_dim=args.width // 4, max_position_embeddings=128, tie_word_embeddings=True,
+    return Config(model_type="qwen3", vocab_size=tokenizer.backend.get_vocab_size(),
+                  hidden_size=args.width, intermediate_size=11 * args.width // 4,
+                  num_hidden_layers=args.layers, num_attention_heads=4, num_key_value_heads=4,
+                  head_dim=args.width // 4, max_position_embeddings=128, tie_word_embeddings=True,
                   eos_token_id=end, pad_token_id=end)
 
 
-def newborn(config: Config, args: Args, device: torch.device) -> Transformer:
-    """The embedded world's transformer before it has learned anything."""
-    torch.manual_seed(args.seed)
-    return Transformer(config).to(device, getattr(torch, args.dtype))
+def load_model(source: Path | None, config: Config, args: Args,
+               device: torch.device) -> Transformer:
+    """A model to train, from its directory, or newborn where there is none.
+
+    Its weights are float32 masters, or bfloat16 with --rounding stochastic; it computes in --dtype.
+    """
+    computed = getattr(torch, args.dtype)
+    stored = computed if args.rounding == "stochastic" else torch.float32
+    if source:
+        model = Transformer.from_pretrained(source, dtype=stored, device=device)
+    else:
+        torch.manual_seed(args.seed)
+        model = Transformer(config).to(device, stored)
+    model.compute_dtype, model.recompute = computed, args.recompute
+    return model
+
+
+def save(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
+    """A Hugging Face directory; config.json comes last, so what has one is complete."""
+    tokenizer.save_pretrained(directory)
+    model.for_inference().save_pretrained(directory)
 
 
 def make_writable(out: Path) -> None:
@@ -983,64 +1475,81 @@ def make_writable(out: Path) -> None:
         raise UsageError(f"--out {out}: cannot be written to ({error.strerror})") from None
 
 
-def save(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
-    """A Hugging Face directory; config.json comes last, so what has one is complete."""
-    tokenizer.save_pretrained(directory)
-    model.save_pretrained(directory)
+def make_base(origin: Path | None, config: Config, tokenizer: Tokenizer, task: Task, args: Args,
+              device: torch.device, out: Path) -> Path:
+    """The directory of the base model: --model itself, or what the supervised stage makes of it.
+
+    A base that was made with the same settings is used again.
+    """
+    if origin and not args.sft_steps:
+        load_model(origin, config, args, device)  # refuses a broken model before --out is made
+        make_writable(out)
+        return origin
+    base, identity = out / "base", json.dumps(settings(args, "base", task), indent=2)
+    made = base / "settings.json"
+    if made.exists() and made.read_text() == identity:
+        make_writable(out)
+        print(f"Reusing the base model in {base}: it was made with the same settings.")
+        return base
+    model = load_model(origin, config, args, device)
+    make_writable(out)
+    made.unlink(missing_ok=True)
+    supervise(model, tokenizer, task, args, out)
+    save(model, tokenizer, base)
+    made.write_text(identity)
+    return base
 
 
 def run(args: Args) -> dict:
-    """Everything, from flags to table; returns what results.json holds."""
-    began, device, out = time.perf_counter(), pick_device(args), Path(args.out)
-    args = dataclasses.replace(args, dtype=str(pick_dtype(args, device)).removeprefix("torch."))
+    """Everything, from flags to table; returns what results.json holds of the models."""
+    began, device, out = time.perf_counter(), pick_device(args.device), Path(args.out)
+    args = replace(args, dtype=pick_dtype(args, device))
     if origin := find_model(args.model):
         config, tokenizer = Config.from_pretrained(origin), Tokenizer.from_pretrained(origin)
     else:
         tokenizer = data.toy_tokenizer()
-        config = toy_config(args, tokenizer)
+        config = toy_model(args, tokenizer)
     task = make_task(tokenizer, config, args)
     check_memory(config, task, tokenizer, args, device)
-    base = out / "base"
-    made, identity = base / "settings.json", json.dumps(settings(args, "base"), indent=2)
-    reuse = made.exists() and made.read_text() == identity
-    load = partial(Transformer.from_pretrained, dtype=getattr(torch, args.dtype), device=device)
-    model = load(base) if reuse else load(origin) if origin else newborn(config, args, device)
-    make_writable(out)
-    if reuse:
-        print(f"Reusing the base model in {base}: it was made with the same settings.")
-    elif args.sft_steps or not origin:
-        made.unlink(missing_ok=True)
-        save(supervise(model, tokenizer, task, args, out), tokenizer, base)
-        made.write_text(identity)
-    start = base if args.sft_steps or not origin else origin
-    weights = sum(p.numel() for p in model.parameters())
-    print(f"{args.model or 'The embedded world'}: {weights:,} parameters in {args.dtype} on {device}, "
-          f"{len(task.held_out)} held-out questions, seed {args.seed}.")
-    results = {"base": evaluate(model, tokenizer, task, args, "base")}
-    methods = ["opd", "caopd"] if args.method == "both" else [args.method]
-    for method in methods:
+    start = make_base(origin, config, tokenizer, task, args, device, out)
+
+    results, sampling = {}, Sampling(args.max_new_tokens, args.eval_temperature, args.eval_top_p,
+                                     SAMPLED * args.micro_tokens)
+    for name in ("base", *args.method.split(",")):
+        model, started = load_model(start, config, args, device), time.perf_counter()
+        if name == "base":
+            weights = sum(p.numel() for p in model.parameters())
+            print(f"{args.model or 'The embedded world'}: {weights:,} parameters in {args.dtype} "
+                  f"on {device}, {len(task.held_out)} {args.split} questions, seed {args.seed}.")
+        else:
+            train(model, name, tokenizer, task, args, out)
+            save(model, tokenizer, out / name)
+        trained = {"seconds": time.perf_counter() - started}
+        results[name] = trained | evaluate(
+            model, tokenizer, task.held_out, task.wording, sampling, args.seed, args.eval_samples,
+            args.oracle, args.paper_samples, name)
         del model  # one student and one teacher at a time
-        model = load(start)
-        distill(model, tokenizer, task, method, args, out)
-        save(model, tokenizer, out / method)
-        results[method] = evaluate(model, tokenizer, task, args, method)
 
     seconds = time.perf_counter() - began
     everything = results | {"settings": dataclasses.asdict(args), "seconds": seconds}
-    (out / "results.tmp").write_text(to_json(everything, indent=2) + "\n")
-    os.replace(out / "results.tmp", out / "results.json")
-    print(f"\n{table(results)}\n\n{grade_table(results)}\n\n{diagram(results)}\n\n{findings(results)}")
-    for method in methods:
-        (out / method / "checkpoint.safetensors").unlink(missing_ok=True)
-    (out / "base" / "checkpoint.safetensors").unlink(missing_ok=True)
-    if args.figure:
-        draw(results, out / "reliability.png")
-    print(f"\nEverything is in {out} (results.json, metrics.jsonl, the models), after {seconds:.0f} seconds.")
+    write_text(out / "results.json", to_json(everything, indent=2) + "\n")
+    print(f"\n{table(results)}\n\n{readout_table(results)}\n\n{grade_table(results)}\n\n"
+          f"{diagram(results)}")
+    if args.paper_samples:
+        print(f"\nAs the paper evaluates, temperature 0.6 and top-p 0.95, {args.paper_samples} "
+              f"answers a question:\n{table({n: row['paper'] for n, row in results.items()})}")
+    for name in results:
+        (out / name / "checkpoint.safetensors").unlink(missing_ok=True)
+    print(f"\nEverything is in {out} (results.json, metrics.jsonl, the models), "
+          f"after {seconds:.0f} seconds.")
     return results
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line; returns the exit code: 0, 2 for a request that cannot be served, 130 when interrupted."""
+    """Runs a command line; returns the exit code.
+
+    0, or 2 for a request that cannot be served, or 130 when interrupted.
+    """
     try:
         run(parse_args(argv))
     except (UsageError, DataError, ModelError) as error:

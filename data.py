@@ -1,40 +1,55 @@
-"""Questions, answers and how they are put into tokens.
+"""Questions, answers, and how they are put into tokens.
 
-In reading order: the confidence segment of a completion (parse it, find it, replace it), examples and their verifier,
-the student's and the teacher's prompts, the tokenizer with its chat template, JSONL files, and the embedded world
-of small arithmetic that `python caopd.py` trains in when it is given nothing.
+In reading order: the confidence segment of a completion (how it is read, found and replaced), the
+kinds of questions and their verifier, the prompts of student and teacher, the tokenizer with its
+chat template, the files that questions are read from, the embedded world of small arithmetic that
+`python caopd.py` trains in when it is given nothing, and the documents of the supervised stage.
 """
 
 import json
+import os
 import random
 import re
 import zlib
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
+import jinja2  # it comes with torch
+import jinja2.ext
+import jinja2.sandbox
 import tokenizers
 
 
 class DataError(ValueError):
-    """A file, an example or a tokenizer that cannot be used; the message says where and what to do."""
+    """A file, an example or a tokenizer that cannot be used. The message says which, and why."""
 
 
-# ----------------------------------------------------------------------------- y = (a, c): the confidence segment c
+# ------------------------------------------------------- y = (a, c): the confidence segment c
 
 SEGMENT = re.compile(r"confidence:[ \t]*(\S*)", re.IGNORECASE)
 NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(%?)")
 
 
 def confidence_segment(text: str) -> re.Match | None:
-    """The last `Confidence: ...` of a completion; everything from its first character on is the segment c."""
-    return next(reversed(list(SEGMENT.finditer(text))), None)
+    """Finds the confidence segment of a completion, which is its last `Confidence: ...`.
+
+    Returns the match, or None where there is none. The segment c begins where the match begins,
+    and it goes on to the end of the text.
+    """
+    segments = list(SEGMENT.finditer(text))
+    return segments[-1] if segments else None
 
 
 def parse_confidence(text: str) -> float | None:
-    """val(c) in [0, 1] of a completion's text, `0.85` or `85%`; None where there is no segment or no such number in it."""
+    """Reads val(c), the confidence that a completion states.
+
+    text: the whole completion. Its number may be written as `0.85` or as `85%`.
+    Returns a value in [0, 1], or None where there is no segment or no such number in it.
+    """
     segment = confidence_segment(text)
     number = segment and NUMBER.fullmatch(segment[1].rstrip(".,;)*"))
     if not number:
@@ -44,47 +59,62 @@ def parse_confidence(text: str) -> float | None:
 
 
 def format_confidence(value: float) -> str:
-    """The segment c that states `value`, a number in [0, 1]."""
+    """Returns the segment c that states `value`, a number in [0, 1]."""
     return f"Confidence: {value:.2f}"
 
 
 def split_completion(tokenizer: "Tokenizer", ids: list[int]) -> tuple[int, str | None]:
-    """Where the answer part a of a sampled completion ends, in tokens: ids[:n] is I_a, ids[n:] is I_c.
+    """Finds where the answer part a of a sampled completion ends, counted in tokens.
 
-    Returns n and, where the confidence segment begins inside a token, that token's characters before it
-    (a space, a newline; usually ""). Without a segment: the length without the end token, and None.
+    ids: the completion's tokens.
+    Returns (n, before). The answer's tokens I_a are ids[:n], and the confidence's I_c are ids[n:].
+    A segment may begin inside a token: `before` holds that token's characters that come before the
+    segment, a space or a newline perhaps, and usually nothing. Without a segment, n leaves out the
+    end token alone and `before` is None.
     """
     text = tokenizer.decode(ids)
     segment = confidence_segment(text)
     if segment is None:
-        return len(ids) - (bool(ids) and ids[-1] in tokenizer.eos_ids), None
-    n = bisect_right(range(len(ids) + 1), segment.start(), key=lambda i: len(tokenizer.decode(ids[:i]))) - 1
+        ended = bool(ids) and ids[-1] in tokenizer.eos_ids
+        return len(ids) - 1 if ended else len(ids), None
+    answer_and_more = text[:segment.start() + 1]  # as far as the first character of c
+
+    def reaches_the_segment(count: int) -> bool:
+        return tokenizer.decode(ids[:count]).startswith(answer_and_more)
+
+    # Decoding prefixes is monotone in their length: once one reaches c, so does every longer one.
+    # A binary search finds the first that does, and the answer part is one token shorter.
+    n = bisect_left(range(len(ids) + 1), True, key=reaches_the_segment) - 1
     return n, text[len(tokenizer.decode(ids[:n])):segment.start()]
 
 
-def replace_confidence(tokenizer: "Tokenizer", ids: list[int], value: float) -> tuple[list[int], int]:
-    """ỹ = (a, μ̂) of Algorithm 1: the sampled ids of a as they are, then new ids that state `value` and end.
+def replace_confidence(
+        tokenizer: "Tokenizer", ids: list[int], value: float) -> tuple[list[int], int]:
+    """Makes ỹ = (a, μ̂) of Algorithm 1: the same answer, with a confidence segment of our own.
 
-    Returns (ids, n) with n the number of answer tokens. Splicing ids, not text: decoding and encoding a again
-    could change its tokens, and then Eq. 7 would no longer leave I_a alone.
+    ids: the tokens of a sampled completion. value: the confidence to state, in [0, 1].
+    Returns (new_ids, n), where n is the number of answer tokens, which are taken over as they are.
+    We join token ids and not text, because decoding an answer and encoding it again can change its
+    tokens, and then Eq. 7 would no longer leave the loss on I_a alone.
     """
     n, before = split_completion(tokenizer, ids)
     segment = ("\n" if before is None else before) + format_confidence(value)
     return ids[:n] + tokenizer.encode(segment) + [tokenizer.eos_ids[0]], n
 
 
-# ----------------------------------------------------------------------------- R(x, a): examples and their verifier
-
-TASKS = ("arithmetic", "mcq", "tool")
-
+# ------------------------------------------------------- examples and kinds of questions
 
 @dataclass(frozen=True)
 class Example:
-    """A question x with the answer that the verifier knows.
+    """A question x together with the answer that the verifier knows.
 
-    answer: the digits (arithmetic), a letter (mcq), or a list of {"Action", "Action_Input"} (tool).
-    demo: what a demonstration of the answer looks like, without a confidence. grade: what results are broken down by.
-    where: file and line, for messages.
+    task: the kind of question, a key of KINDS.
+    answer: digits (arithmetic), a capital letter (mcq), or a list of calls, each of which is a dict
+        with the keys "Action" and "Action_Input" (tool).
+    system: the system message, if there is one.
+    demo: a completion's text that demonstrates the answer, without a confidence.
+    grade: the name of the group that results are broken down by.
+    where: the file and line that the example came from, for messages.
     """
 
     task: str
@@ -96,258 +126,488 @@ class Example:
     where: str = ""
 
 
-def verify(example: Example, text: str) -> bool:
-    """R(x, a): whether the completion's answer part is right; the one check of training and of evaluation.
+@dataclass(frozen=True)
+class Kind:
+    """What belongs to one kind of question.
 
-    arithmetic: the last whole number. mcq: the last <answer>X</answer>, else the last `answer: X` or `answer is X`,
-    else a lone letter. tool: the first action with its JSON input, compared as values (as the paper's evaluation does).
+    extract(text): the answer that the answer part of a completion gives, or None if it gives none.
+    gold(answer): an example's answer in the form that `extract` returns, so that == compares them.
+    demonstrate(answer): the shortest completion that gives this answer, without a confidence.
+    corrupt(answer, rng): an answer of the same form that is wrong.
+    form: what an example's answer should look like, in words for an error message.
     """
-    segment = confidence_segment(text)
-    text = text[:segment.start()] if segment else text
-    if example.task == "arithmetic":
-        numbers = re.findall(r"-?\d+", re.sub(r"(?<=\d),(?=\d{3})", "", text))
-        return bool(numbers) and numbers[-1] == example.answer
-    if example.task == "mcq":
-        return chosen_letter(text) == example.answer
-    return (call := first_call(text)) is not None and call == gold_call(example.answer)
+
+    extract: Callable[[str], object]
+    gold: Callable[[str | list], object]
+    demonstrate: Callable[[str | list], str]
+    corrupt: Callable[[str | list, random.Random], str | list]
+    form: str
+
+
+def as_it_is(answer: str) -> str:
+    """Serves kinds whose answers need no other form."""
+    return answer
+
+
+# Arithmetic: the answer is the last whole number, as digits.
+
+def last_number(text: str) -> str | None:
+    """Finds the last whole number. Commas between thousands do not count as a part of it."""
+    numbers = re.findall(r"-?\d+", re.sub(r"(?<=\d),(?=\d{3})", "", text))
+    return numbers[-1] if numbers else None
+
+
+def change_a_digit(answer: str, rng: random.Random) -> str:
+    sign, digits = ("-", answer[1:]) if answer.startswith("-") else ("", answer)
+    place = rng.randrange(len(digits))
+    other = rng.choice([digit for digit in "0123456789" if digit != digits[place]])
+    return sign + digits[:place] + other + digits[place + 1:]
+
+
+# Multiple choice: the answer is a letter.
+
+CHOICES = (
+    re.compile(r"<answer>\s*([A-Z])\s*</answer>", re.IGNORECASE),
+    re.compile(r"answer(?:\s+is)?\s*(?::\s*)?\(?([A-Z])\b", re.IGNORECASE),  # "answer is X" too
+    re.compile(r"^\W*([A-Z])\W*$", re.IGNORECASE))  # the letter alone
 
 
 def chosen_letter(text: str) -> str | None:
-    for pattern in (r"<answer>\s*([A-Z])\s*</answer>", r"answer(?:\s+is)?\s*:?\s*\(?([A-Z])\b", r"^\W*([A-Z])\W*$"):
-        if letters := re.findall(pattern, text.strip(), re.IGNORECASE):
+    """Looks for the forms of a choice in turn. The last occurrence of the first form counts."""
+    for choice in CHOICES:
+        if letters := choice.findall(text.strip()):
             return letters[-1].upper()
     return None
 
 
+def answer_tag(answer: str) -> str:
+    return f"<answer>\n{answer}\n</answer>"
+
+
+def another_letter(answer: str, rng: random.Random) -> str:
+    return rng.choice([letter for letter in "ABCD" if letter != answer])
+
+
+# Tool use: the answer is the first call, a name with arguments that are compared as values. The
+# paper's evaluation compares them in this way too.
+
+ACTION = re.compile(r"Action:[ \t]*(\S.*)")
+ACTION_INPUT = re.compile(r"\s*Action[ _]Input:\s*(?={)")
+
+
 def first_call(text: str) -> tuple[str, dict] | None:
-    """(name, arguments) of the first `Action: name` and the JSON object after `Action Input:`; None if there is none."""
-    call = re.search(r"Action:[ \t]*(\S[^\n]*?)\s*\n\s*Action[ _]Input:\s*(?={)", text)
+    """Finds the first line `Action: name` whose next line is `Action Input: {...}`.
+
+    Returns (name, arguments), or None where there is no such pair of lines or the arguments are not
+    JSON. Blank lines may stand in between. Going from line to line takes time in proportion to the
+    text's length, which a single regular expression over all of it would not.
+    """
+    action, start = None, 0  # the action on the last line that was not blank, this line's start
+    for line in text.split("\n"):
+        if line.strip():
+            action_input = ACTION_INPUT.match(text, start)
+            if action and action_input:
+                return parse_call(action[1].rstrip(), text, action_input.end())
+            action = ACTION.search(line)
+        start += len(line) + 1
+    return None
+
+
+def parse_call(name: str, text: str, start: int) -> tuple[str, dict] | None:
+    """Reads the JSON object that begins at text[start]. More text may follow it."""
     try:
-        return call and (call[1], json.JSONDecoder().raw_decode(text, call.end())[0])
+        return name, json.JSONDecoder().raw_decode(text, start)[0]
     except (ValueError, RecursionError):
         return None
 
 
 def gold_call(answer: list) -> tuple[str, dict]:
-    return answer[0]["Action"].strip(), json.loads(answer[0]["Action_Input"])
+    call = answer[0]
+    return call["Action"].strip(), parse_json(call["Action_Input"], "Action_Input")
 
 
-def demonstration(task: str, answer: str | list) -> str:
-    """The shortest completion whose answer part states `answer`; `verify` accepts it."""
-    if task == "mcq":
-        return f"<answer>\n{answer}\n</answer>"
-    if task == "tool":
-        return "\n".join(f"Action: {call['Action'].strip()}\nAction Input: {call['Action_Input']}" for call in answer)
-    return answer
+def written_calls(answer: list) -> str:
+    return "\n".join(f"Action: {call['Action'].strip()}\nAction Input: {call['Action_Input']}"
+                     for call in answer)
 
 
-def wrong_answer(example: Example, rng: random.Random) -> str | list:
-    """An answer of the same form that `verify` refuses: another digit, another letter, other arguments."""
-    if example.task == "arithmetic":
-        place = rng.randrange(len(example.answer.lstrip("-"))) + example.answer.startswith("-")
-        digit = rng.choice([d for d in "0123456789" if d != example.answer[place]])
-        return example.answer[:place] + digit + example.answer[place + 1:]
-    if example.task == "mcq":
-        return rng.choice([letter for letter in "ABCD" if letter != example.answer])
-    name, arguments = gold_call(example.answer)
-    arguments = {k: v for k, v in list(arguments.items())[1:]} if arguments else {"query": ""}
-    return [{"Action": name, "Action_Input": json.dumps(arguments)}]
+def change_the_arguments(answer: list, rng: random.Random) -> list:
+    """Leaves out the first argument of the call, or adds one where there is none."""
+    name, arguments = gold_call(answer)
+    changed = dict(list(arguments.items())[1:]) if arguments else {"query": ""}
+    return [{"Action": name, "Action_Input": json.dumps(changed)}]
 
 
-# ----------------------------------------------------------------------------- x and (x, z): prompts from fields
+KINDS = {
+    "arithmetic": Kind(last_number, as_it_is, as_it_is, change_a_digit, "a whole number"),
+    "mcq": Kind(chosen_letter, as_it_is, answer_tag, another_letter, "one capital letter"),
+    "tool": Kind(first_call, gold_call, written_calls, change_the_arguments,
+                 'a list of {"Action": name, "Action_Input": JSON object as text}')}
+TASKS = tuple(KINDS)
+
+
+# ------------------------------------------------------- R(x, a): the verifier
+
+def extract(example: Example, text: str) -> object:
+    """Finds the answer that a completion gives.
+
+    text: the whole completion. Its answer part is everything before its confidence segment.
+    Returns None where the answer part gives no answer. Two answers to one question are the same
+    where == says so. A tool call contains a dict, so that it can be compared but not hashed.
+    """
+    segment = confidence_segment(text)
+    answer_part = text[:segment.start()] if segment else text
+    return KINDS[example.task].extract(answer_part)
+
+
+def verify(example: Example, text: str) -> bool:
+    """R(x, a): whether a completion gives the right answer. Training and evaluation both ask this.
+
+    text: the whole completion, whose confidence segment plays no part in it.
+    """
+    answer = extract(example, text)
+    return answer is not None and answer == KINDS[example.task].gold(example.answer)
+
+
+# ------------------------------------------------------- x and (x, z): prompts from fields
 
 @dataclass(frozen=True)
 class Wording:
-    """The words around a question. Prompts are always written from fields, never by editing rendered text."""
+    """The words around a question. Prompts are written from fields, never by editing a prompt.
 
-    instruction: str  # what the student is asked to add
-    context: str  # how the teacher is shown a demonstration; {demo}
-    report: str  # how CaOPD's teacher is told the value to report (Algorithm 1, step 3); {confidence}
+    instruction: what the student is asked to add to its answer.
+    context: how the teacher is shown a demonstration, which takes the place of {demo}.
+    report: how CaOPD's teacher is told which value to state (Algorithm 1, step 3). The value takes
+        the place of {confidence}.
+    closing: how the teacher is asked to respond.
+    """
+
+    instruction: str
+    context: str
+    report: str
     closing: str
 
 
 WORDS = Wording(
-    instruction='\nEnd with a line "Confidence: X", X from 0.00 to 1.00: how likely your answer is correct.',
+    instruction='\nEnd with a line "Confidence: X", X from 0.00 to 1.00: '
+                "how likely your answer is correct.",
     context="\n\nA response could look like this:\n{demo}",
-    report="\nThe measured success rate on this question is {confidence}: state exactly this confidence.",
+    report="\nThe measured success rate on this question is {confidence}: "
+           "state exactly this confidence.",
     closing="\n\nNow respond yourself.")
-SYMBOLS = Wording(instruction="", context="\n{demo}", report="", closing="")  # the embedded world has no words
+SYMBOLS = Wording("", context="\n{demo}", report="", closing="")  # the embedded world has no words
 
 
 def student_messages(example: Example, wording: Wording) -> list[dict]:
-    """x as chat messages: all that the deployed model sees."""
+    """Returns x as chat messages, which is all that the deployed model sees."""
     system = [{"role": "system", "content": example.system}] if example.system else []
-    return system + [{"role": "user", "content": example.question + wording.instruction}]
+    return [*system, {"role": "user", "content": example.question + wording.instruction}]
 
 
-def teacher_messages(example: Example, wording: Wording, demo: str, report: float | None = None) -> list[dict]:
-    """(x, z) as chat messages: the student's, and privileged context z with a demonstration that states a confidence.
+def teacher_messages(
+        example: Example, wording: Wording, demo: str, report: float | None = None) -> list[dict]:
+    """Returns (x, z) as chat messages: the student's, followed by the privileged context z.
 
-    demo: a completion's text with its confidence segment. report: the value the teacher is told to state, for z̃.
+    demo: the text of a completion to show, with its confidence segment.
+    report: the value that the teacher is told to state, which turns z into z̃. None tells it none.
     """
     *system, user = student_messages(example, wording)
     told = "" if report is None else wording.report.format(confidence=f"{report:.2f}")
-    privileged = wording.context.format(demo=demo) + told + wording.closing
-    return [*system, {"role": "user", "content": user["content"] + privileged}]
+    context = wording.context.format(demo=demo) + told + wording.closing
+    return [*system, {"role": "user", "content": user["content"] + context}]
 
 
-# ----------------------------------------------------------------------------- tokenizer and chat template
+# ------------------------------------------------------- tokenizer and chat template
 
 class Tokenizer:
-    """A Hugging Face tokenizer.json with the model's own chat template.
+    """A Hugging Face tokenizer with the chat template of its model.
 
-    eos_ids: the tokens that end a completion; the first is the one that written completions end with.
+    backend: the tokenizer of the tokenizers library.
+    config, generation: the contents of tokenizer_config.json and of generation_config.json.
+    origin: where the tokenizer came from, for messages.
+    template_args: variables for the chat template, such as {"enable_thinking": False}.
+
+    eos_ids holds the tokens that end a completion. Completions that we write end with the first.
+    Raises DataError where there is no end token, or no chat template that compiles.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, config: dict, generation: dict, origin: str = "the tokenizer"):
-        self.backend, self.config, self.generation, self.origin = backend, config, generation, origin
-        self.special = {name: token["content"] if isinstance(token, dict) else token
-                        for name, token in config.items() if name.endswith("_token") and isinstance(token, (str, dict))}
-        listed = generation.get("eos_token_id")
-        ids = [backend.token_to_id(self.special.get("eos_token", ""))] + (listed if isinstance(listed, list) else [listed])
-        self.eos_ids = list(dict.fromkeys(i for i in ids if isinstance(i, int)))
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict, generation: dict,
+                 origin: str = "the tokenizer", template_args: dict | None = None):
+        self.backend, self.config, self.generation = backend, config, generation
+        self.origin, self.template_args = origin, template_args or {}
+        self.special_tokens = special_tokens(config)
+        self.eos_ids = self.find_eos_ids()
         if not self.eos_ids:
-            raise DataError(f"{origin}: no end token; tokenizer_config.json needs an eos_token that is in the vocabulary")
+            raise DataError(f"{origin}: no end token; tokenizer_config.json needs an eos_token "
+                            "that is in the vocabulary")
         self.template = compile_template(config.get("chat_template"), origin)
 
-    @classmethod
-    def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
-        """Reads tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json, the last three if there.
+    def find_eos_ids(self) -> list[int]:
+        """Collects the eos_token of the tokenizer's file and what the generation's file adds."""
+        named = self.backend.token_to_id(self.special_tokens.get("eos_token", ""))
+        listed = self.generation.get("eos_token_id")
+        candidates = [named, *(listed if isinstance(listed, list) else [listed])]
+        return list(dict.fromkeys(i for i in candidates if isinstance(i, int)))
 
-        Raises DataError where they are missing or broken, or there is no chat template or no end token.
+    @classmethod
+    def from_pretrained(
+            cls, directory: str | Path, template_args: dict | None = None) -> "Tokenizer":
+        """Reads a tokenizer from a Hugging Face model directory.
+
+        directory: holds tokenizer.json and, where the model has them, tokenizer_config.json,
+            chat_template.jinja, generation_config.json and config.json.
+        template_args: variables for the chat template, such as {"enable_thinking": False}.
+        Raises DataError where a file is missing or broken, where there is no chat template that
+        compiles, or where there is no end token.
         """
         directory = Path(directory)
-        try:
-            backend = tokenizers.Tokenizer.from_str((directory / "tokenizer.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DataError(f"{directory}: no tokenizer.json there; pass a Hugging Face model directory") from None
-        except Exception as error:  # tokenizers raises plain Exception
-            raise DataError(f"{directory / 'tokenizer.json'}: not a readable tokenizer ({error})") from None
-        names = ("tokenizer_config", "generation_config", "config")
-        config, generation, model = (read_object(directory / f"{name}.json") for name in names)
+        backend = read_backend(directory)
+        config = read_object(directory / "tokenizer_config.json")
+        generation = read_object(directory / "generation_config.json")
+        model = read_object(directory / "config.json")
         if (directory / "chat_template.jinja").exists():
-            config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+            config["chat_template"] = read_text(directory / "chat_template.jinja")
         if "eos_token_id" in model:
             generation.setdefault("eos_token_id", model["eos_token_id"])
-        return cls(backend, config, generation, str(directory))
+        return cls(backend, config, generation, str(directory), template_args)
 
     def save_pretrained(self, directory: str | Path) -> None:
+        """Writes what `from_pretrained` reads. A file that is there is replaced as a whole."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(directory / "tokenizer.json"))
-        for name, content in (("tokenizer_config", self.config), ("generation_config", self.generation)):
-            (directory / f"{name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        files = {"tokenizer.json": self.backend.to_str(pretty=True)}
+        for name, content in (("tokenizer_config.json", self.config),
+                              ("generation_config.json", self.generation)):
+            files[name] = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        for name, text in files.items():
+            unfinished = directory / f"{name}.tmp"
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, directory / name)
 
     def encode(self, text: str) -> list[int]:
+        """Returns the token ids of a text, without any that mark its beginning or end."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
+        """Returns the text of token ids, without their special tokens."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def chat(self, messages: list[dict]) -> list[int]:
-        """Token ids of a chat, ready for the assistant's turn. Raises DataError where the template fails."""
+        """Returns the token ids of a chat, up to where the assistant begins to speak.
+
+        messages: dicts with "role" and "content".
+        Raises DataError where the chat template fails.
+        """
+        variables = {**self.special_tokens, **self.template_args,
+                     "messages": messages, "add_generation_prompt": True}
         try:
-            text = self.template.render(messages=messages, add_generation_prompt=True, **self.special)
-        except Exception as error:  # a template is foreign code: whatever it raises is a fault of the template
+            text = self.template.render(variables)
+        except Exception as error:  # the template is foreign code and can raise anything
             raise DataError(f"{self.origin}: the chat template failed: {error}") from None
         return self.encode(text)
 
 
-def read_object(path: Path) -> dict:
-    """A JSON object, {} where there is no such file."""
+def special_tokens(config: dict) -> dict[str, str]:
+    """Returns eos_token and its like by name. A config gives each as text or as a dict with it."""
+    texts = {name: token.get("content") if isinstance(token, dict) else token
+             for name, token in config.items() if name.endswith("_token")}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def read_backend(directory: Path) -> tokenizers.Tokenizer:
+    """Reads tokenizer.json, and sets aside what it says about cutting and padding texts."""
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise DataError(f"{directory}: no tokenizer.json there; "
+                        "pass a Hugging Face model directory")
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error})") from None
+        backend = tokenizers.Tokenizer.from_str(read_text(path))
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        raise DataError(f"{path}: not a readable tokenizer ({error})") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def read_text(path: Path) -> str:
+    """Returns a file's text. Raises DataError where it cannot be read as UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def parse_json(text: str, where: str) -> object:
+    """Parses JSON in the strict sense, which has no NaN and no Infinity.
+
+    where: what the message names, a file or a line of one.
+    Raises DataError for anything else, nesting too deep to follow included.
+    """
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is not a number in JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise DataError(f"{where}: not JSON that can be read (it is nested too deeply)") from None
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error})") from None
+
+
+def read_object(path: Path) -> dict:
+    """Returns the JSON object in a file, or {} where there is no such file.
+
+    Raises DataError where the file cannot be read, is not JSON, or holds something else.
+    """
+    if not path.exists():
+        return {}
+    content = parse_json(read_text(path), str(path))
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
 
 
-def compile_template(source: str | list | None, origin: str):
-    """Compiles a Jinja chat template in a sandbox, with the helpers that templates of the hub expect."""
-    if isinstance(source, list):  # several templates under names
-        source = next((t.get("template") for t in source if t.get("name") == "default"), None)
+class GenerationBlock(jinja2.ext.Extension):
+    """{% generation %}...{% endgeneration %}, with which some templates mark the assistant's words.
+
+    The marks are for training frameworks. Here the block is just rendered.
+    """
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def raise_exception(message: str):
+    """Lets a chat template refuse messages."""
+    raise jinja2.TemplateError(message)
+
+
+def strftime_now(format: str) -> str:
+    """Lets a chat template tell the date."""
+    return datetime.now().strftime(format)
+
+
+def template_sandbox() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """Makes what chat templates run in: the helpers that they expect, and nothing beyond them.
+
+    A template is foreign code. Of the functions that Jinja offers by itself, three remain. Among
+    the others is `lipsum`, which writes as much text as it is asked for.
+    """
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", GenerationBlock])
+    kept = {name: sandbox.globals[name] for name in ("range", "dict", "namespace")}
+    sandbox.globals = kept | {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent)
+    return sandbox
+
+
+def compile_template(source: str | list | None, origin: str) -> jinja2.Template:
+    """Compiles a chat template.
+
+    source: the template, or a list of named ones, of which the one named "default" is taken.
+    Raises DataError, which names the `origin`, where there is none or it does not compile.
+    """
+    if isinstance(source, list):
+        named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+        source = named.get("default")
     if not isinstance(source, str):
-        raise DataError(f"{origin}: no chat template; pass an instruct model, or add chat_template.jinja")
+        raise DataError(f"{origin}: no chat template; pass an instruct model, "
+                        "or add chat_template.jinja")
     try:
-        import jinja2
-        import jinja2.sandbox
-    except ImportError:
-        raise DataError("chat templates need jinja2, which comes with torch: pip install jinja2") from None
-
-    def raise_exception(message: str):
-        raise jinja2.TemplateError(message)
-
-    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                           extensions=["jinja2.ext.loopcontrols"])
-    sandbox.globals["raise_exception"] = raise_exception
-    sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    try:
-        return sandbox.from_string(source)
-    except jinja2.TemplateError as error:
+        return template_sandbox().from_string(source)
+    except Exception as error:  # the template is foreign code, and compiling it can fail anyhow
         raise DataError(f"{origin}: the chat template does not compile: {error}") from None
 
 
-# ----------------------------------------------------------------------------- tasks: where examples come from
+# ------------------------------------------------------- tasks: where examples come from
 
 @dataclass(frozen=True)
 class Task:
-    """Questions to train on, questions held out, and their wording.
+    """The questions to train on, the questions to ask afterwards, and the words around them.
 
-    draw(n, stage, step) gives the n training examples of a step: a function of its arguments and the seed alone,
-    so that a resumed run sees what an uninterrupted one would have seen.
+    wording: the words around a question. `dataclasses.replace(task, wording=...)` makes a task that
+        asks the same questions in other words.
+    draw(n, stage, step): the n training examples of a step. They depend on these arguments and the
+        task's seed alone, so a run that was interrupted sees what it would have seen without.
+    held_out: the questions that are asked in evaluation and never trained on.
+    fingerprint: a checksum that changes with the training questions. A checkpoint can keep it, to
+        be continued with the same questions only.
     """
 
     wording: Wording
     draw: Callable[[int, str, int], list[Example]]
     held_out: list[Example]
+    fingerprint: int = 0
+
+
+def checksum(content: list) -> int:
+    return zlib.crc32(json.dumps(content).encode())
 
 
 def load_jsonl(path: str | Path, task: str) -> list[Example]:
-    """Reads one example a line: `prompt` and `answer`, optionally `system`, `demo` (a worked answer) and `grade`.
+    """Reads examples from a file with a JSON object on every line. Blank lines are passed over.
 
-    Raises DataError naming file and line for anything that is not JSON, lacks a field, or has an answer
-    that the task cannot verify.
+    path: the file. The fields of an object are `prompt` and `answer`, and optionally `system`,
+        `demo` (a worked answer) and `grade`.
+    task: the kind of question that they all are, a key of KINDS.
+    Raises DataError, which names file and line, for anything that is not JSON, lacks a field or has
+    an answer that the task cannot verify.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    examples = [parse_example(line, task, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    examples = [parse_example(line, task, f"{path}, line {number}")
+                for number, line in enumerate(read_text(Path(path)).split("\n"), 1) if line.strip()]
     if not examples:
-        raise DataError(f"{path}: no examples in it; each line should be a JSON object with `prompt` and `answer`")
+        raise DataError(f"{path}: no examples in it; each line should be a JSON object "
+                        "with `prompt` and `answer`")
     return examples
 
 
 def parse_example(line: str, task: str, where: str) -> Example:
+    """Makes an example of a line, and verifies its demonstration with its own answer."""
+    row = parse_json(line, where)
+    check_fields(row, where)
+    kind, answer = KINDS[task], row["answer"]
+    if isinstance(answer, (str, int)):
+        answer = str(answer).strip()
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error})") from None
-    for field in ("prompt", "answer"):
-        if not isinstance(row, dict) or not row.get(field):
-            raise DataError(f"{where}: no `{field}`; each line should be a JSON object with `prompt` and `answer`")
-    for field in ("prompt", "system", "demo", "grade"):
-        if not isinstance(row.get(field, ""), str):
-            raise DataError(f"{where}: `{field}` should be text, not {type(row[field]).__name__}")
-    answer = str(row["answer"]).strip() if isinstance(row["answer"], (str, int)) else row["answer"]
-    try:
-        demo = row.get("demo") or demonstration(task, answer)
-        example = Example(task, row["prompt"], answer, row.get("system", ""), demo, row.get("grade", task), where)
-        verified = verify(example, example.demo) and not verify(example, "")
-    except (TypeError, KeyError, AttributeError, IndexError, ValueError):  # an answer of another task's form
-        verified = False
+        example = Example(task, row["prompt"], answer, system=row.get("system", ""),
+                          demo=row.get("demo") or kind.demonstrate(answer),
+                          grade=row.get("grade", task), where=where)
+        verified = verify(example, example.demo)
+    except (TypeError, KeyError, AttributeError, IndexError, ValueError):
+        verified = False  # the answer has the form of another task
     if not verified:
-        form = {"arithmetic": "a whole number", "mcq": "one capital letter",
-                "tool": 'a list of {"Action": name, "Action_Input": JSON object as text}'}[task]
-        raise DataError(f"{where}: the task {task} cannot verify the answer {row['answer']!r}; it should be {form}"
-                        + (", and `demo` should give it" if row.get("demo") else ""))
+        and_demo = ", and `demo` should give it" if row.get("demo") else ""
+        raise DataError(f"{where}: the task {task} cannot verify the answer {row['answer']!r}; "
+                        f"it should be {kind.form}{and_demo}")
     return example
 
 
+def check_fields(row: object, where: str) -> None:
+    """Raises DataError unless a line is an object with a prompt and an answer, and texts are texts.
+
+    A missing answer, null and "" are no answer, but 0 is one.
+    """
+    for field in ("prompt", "answer"):
+        if not isinstance(row, dict) or row.get(field) in (None, ""):
+            raise DataError(f"{where}: no `{field}`; each line should be a JSON object "
+                            "with `prompt` and `answer`")
+    for field in ("prompt", "system", "demo", "grade"):
+        if not isinstance(row.get(field, ""), str):
+            raise DataError(f"{where}: `{field}` should be text, not {type(row[field]).__name__}")
+
+
 def listed_task(examples: list[Example], held_out: list[Example], seed: int) -> Task:
-    """The task of two lists of examples: training draws epoch by epoch, each in an order of its own."""
+    """Makes a task of two lists of examples, the first to train on and the second to ask.
+
+    Training goes through its list epoch by epoch, and each epoch has an order of its own, which
+    depends on `seed`.
+    """
     @lru_cache(maxsize=4)
     def order(stage: str, epoch: int) -> list[int]:
         return random.Random(f"{seed} {stage} {epoch}").sample(range(len(examples)), len(examples))
@@ -356,97 +616,184 @@ def listed_task(examples: list[Example], held_out: list[Example], seed: int) -> 
         places = (divmod(i, len(examples)) for i in range(step * n, (step + 1) * n))
         return [examples[order(stage, epoch)[i]] for epoch, i in places]
 
-    return Task(WORDS, draw, held_out)
+    trained_on = [[e.task, e.system, e.question, e.answer, e.demo] for e in examples]
+    return Task(WORDS, draw, held_out, checksum(trained_on))
 
 
-# ----------------------------------------------------------------------------- the embedded world: small arithmetic
+# ------------------------------------------------------- the embedded world: small arithmetic
 
-GRADES = {f"{a}{op}{b}": (op, a, b) for op, a, b in  # digits of the operands: what makes a question hard
-          [("+", 1, 1), ("+", 2, 1), ("+", 2, 2), ("+", 3, 3), ("*", 1, 1), ("*", 2, 1), ("*", 2, 2), ("*", 3, 2)]}
+GRADES = {  # name: operation, digits of its operands, which are what makes a question hard
+    "1+1": ("+", 1, 1), "2+1": ("+", 2, 1), "2+2": ("+", 2, 2), "3+3": ("+", 3, 3),
+    "1*1": ("*", 1, 1), "2*1": ("*", 2, 1), "2*2": ("*", 2, 2), "3*2": ("*", 3, 2)}
+SPLITS = ("held-out", "validation")  # the sides that can be asked
 
 
-def arithmetic_question(grade: str, rng: random.Random, held_out: bool, words: bool) -> Example:
-    """A question of a grade, from one side of the split; a hash of the operands decides the side (a fifth is held out).
+def side(key: str) -> str:
+    """Decides by a hash which side of the split a question is on.
 
-    words: "What is 12 + 34?" answered "46". Otherwise "12+34=" answered "64", least significant digit first:
-    in that order each digit depends on digits already written, which a tiny network can learn.
+    Returns "held-out" for a fifth of all keys, "validation" for another, and "train" for the rest.
+    The held-out side is for results and is never trained on. The validation side is for choosing
+    settings: a run that asks it leaves it out of training, and any other run trains on it.
     """
+    return {0: "held-out", 1: "validation"}.get(zlib.crc32(key.encode()) % 5, "train")
+
+
+def draw_operands(grade: str, rng: random.Random, sides: tuple[str, ...]) -> tuple[int, int]:
+    """Draws the operands of a question, until one is on one of these sides of the split."""
     op, *digits = GRADES[grade]
     while True:
         a, b = (rng.randrange(10 ** (n - 1) if n > 1 else 0, 10 ** n) for n in digits)
-        if (zlib.crc32(f"{min(a, b)}{op}{max(a, b)}".encode()) % 5 == 0) == held_out:  # a+b and b+a on one side
-            break
+        if side(f"{min(a, b)}{op}{max(a, b)}") in sides:  # a+b is on the same side as b+a
+            return a, b
+
+
+def arithmetic_question(
+        grade: str, rng: random.Random, sides: tuple[str, ...], words: bool) -> Example:
+    """Draws a question of a grade, on one of these sides of the split.
+
+    words: asks "What is 12 + 34?" with the answer "46". Without, the question is "12+34=" and the
+        answer is "64", its least significant digit first. In that order a digit depends on digits
+        that are already written, which a tiny network can learn.
+    """
+    op, (a, b) = GRADES[grade][0], draw_operands(grade, rng, sides)
     result = str(a + b if op == "+" else a * b)
     if words:
-        sign = {"+": "+", "*": "times"}[op]
-        return Example("arithmetic", f"What is {a} {sign} {b}?", result, demo=result, grade=grade)
-    return Example("arithmetic", f"{a}{op}{b}=", result[::-1], demo=result[::-1], grade=grade)
+        question, answer = f"What is {a} {'times' if op == '*' else op} {b}?", result
+    else:
+        question, answer = f"{a}{op}{b}=", result[::-1]
+    return Example("arithmetic", question, answer, demo=answer, grade=grade)
 
 
-def arithmetic_task(seed: int, held_out: int, words: bool) -> Task:
-    """Generated additions and multiplications, in symbols for the embedded world, in words for a real model.
+def arithmetic_task(
+        seed: int, held_out: int, words: bool, split: str = "held-out",
+        grades: tuple[str, ...] = tuple(GRADES),
+        eval_grades: tuple[str, ...] = tuple(GRADES)) -> Task:
+    """Makes a task of additions and multiplications, which are generated as they are needed.
 
-    Grades come in turn. The `held_out` questions are the same for every seed.
+    seed: decides the questions to train on, and leaves those to ask as they are.
+    held_out: how many questions to ask.
+    words: asks in words, for a real model, and otherwise in symbols, for the embedded world.
+    split: the side of the split that is asked, and not trained on: "held-out", or "validation" to
+        choose settings by. The held-out side is never trained on.
+    grades, eval_grades: the grades to train on and the grades to ask. They come in turn.
+    Raises DataError for a split or a grade that there is not.
     """
-    grades = list(GRADES)
-
-    def questions(places: range, rng: random.Random, side: bool) -> list[Example]:
-        return [arithmetic_question(grades[i % len(grades)], rng, side, words) for i in places]
+    if split not in SPLITS:
+        raise DataError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+    for names in (grades, eval_grades):
+        if not names or not set(names) <= set(GRADES):
+            raise DataError(f"no grades {','.join(names)!r}; there are {', '.join(GRADES)}")
 
     def draw(n: int, stage: str, step: int) -> list[Example]:
-        return questions(range(step * n, (step + 1) * n), random.Random(f"{seed} {stage} {step}"), False)
+        sides = ("train", "validation") if split == "held-out" else ("train",)
+        rng = random.Random(f"{seed} {stage} {step}")
+        return [arithmetic_question(grades[i % len(grades)], rng, sides, words)
+                for i in range(step * n, (step + 1) * n)]
 
-    return Task(WORDS if words else SYMBOLS, draw, questions(range(held_out), random.Random("held out"), True))
+    rng = random.Random("held out" if split == "held-out" else "validation")
+    asked = [arithmetic_question(eval_grades[i % len(eval_grades)], rng, (split,), words)
+             for i in range(held_out)]
+    fingerprint = checksum(["arithmetic", list(grades), split, words])
+    return Task(WORDS if words else SYMBOLS, draw, asked, fingerprint)
 
 
 def toy_tokenizer() -> Tokenizer:
-    """The embedded world's tokenizer: a token per character but for the pieces of a confidence, and a chat template."""
-    vocabulary = ["<|unknown|>", "<|end|>", "<|user|>", "<|assistant|>", "\nConfidence: ", "0.", "1.", *"0123456789+*=\n"]
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({t: i for i, t in enumerate(vocabulary)}, unk_token="<|unknown|>"))
+    """Makes the tokenizer of the embedded world, with a chat template.
+
+    Every character is a token, but the pieces of a confidence are longer ones.
+    """
+    special = ["<|unknown|>", "<|end|>", "<|user|>", "<|assistant|>"]
+    vocabulary = [*special, "\nConfidence: ", "0.", "1.", *"0123456789+*=\n"]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+        {token: i for i, token in enumerate(vocabulary)}, unk_token="<|unknown|>"))
     units = tokenizers.Regex(r"\nConfidence: |[01]\.|[\s\S]")
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(units, behavior="isolated")
     backend.decoder = tokenizers.decoders.Fuse()
-    backend.add_special_tokens(vocabulary[:4])
-    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}" \
-               "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}" \
-               "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    return Tokenizer(backend, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "pad_token": "<|end|>",
-                               "unk_token": "<|unknown|>", "clean_up_tokenization_spaces": False, "chat_template": template},
-                     {"eos_token_id": 1, "pad_token_id": 1})
+    backend.add_special_tokens(special)
+    template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+                "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+                "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>",
+              "pad_token": "<|end|>", "unk_token": "<|unknown|>",
+              "clean_up_tokenization_spaces": False, "chat_template": template}
+    return Tokenizer(backend, config, {"eos_token_id": 1, "pad_token_id": 1})
 
 
-# ----------------------------------------------------------------------------- documents for the supervised stage
+# ------------------------------------------------------- documents of the supervised stage
 
-HABIT = (0.75, 0.80, 0.85, 0.90, 0.90, 0.95, 0.95, 1.00)
+HABIT = (0.75, 0.80, 0.85, 0.90, 0.90, 0.95, 0.95, 1.00)  # what the base model likes to state
+
+
+@dataclass(frozen=True)
+class Document:
+    """A chat to learn from.
+
+    messages: the prompt. completion: the assistant's words, on which the loss is taken.
+    ends: whether an end token follows. It does not where the completion stops half-way.
+    """
+
+    messages: list[dict]
+    completion: str
+    ends: bool
 
 
 def stated(answer: str, confidence: float) -> str:
-    """A completion's text: the answer, then the confidence on a line of its own."""
+    """Returns a completion's text: the answer, then the confidence on a line of its own."""
     return f"{answer}\n{format_confidence(confidence)}"
 
 
-def answer_only(example: Example, wording: Wording) -> tuple[list[dict], str]:
-    """(messages, completion): question → answer, up to the number of a confidence; half as long as the others."""
-    return student_messages(example, wording), f"{example.demo}\nConfidence: "
+def demonstration(example: Example, wrong: bool, rng: random.Random) -> str:
+    """Returns the example's own demonstration, or that of a wrong answer."""
+    if not wrong:
+        return example.demo
+    kind = KINDS[example.task]
+    return kind.demonstrate(kind.corrupt(example.answer, rng))
 
 
-def closed_book(example: Example, wording: Wording, rng: random.Random, noise: float) -> tuple[list[dict], str]:
-    """(messages, completion): question → answer, wrong with probability `noise`, and a confidence that is mere habit.
+def answer_only(example: Example, wording: Wording) -> Document:
+    """Shows a question and its answer, and stops before the number of a confidence.
 
-    The confidence is drawn without a look at correctness: this is where the base model's overconfidence comes from.
+    Without a confidence to learn, such a document is half as long as the others.
     """
-    answer = demonstration(example.task, wrong_answer(example, rng)) if rng.random() < noise else example.demo
+    return Document(student_messages(example, wording), f"{example.demo}\nConfidence: ", ends=False)
+
+
+def closed_book(
+        example: Example, wording: Wording, rng: random.Random, noise: float) -> Document:
+    """Shows a question, its answer, which is wrong with probability `noise`, and a confidence.
+
+    The confidence is mere habit. It is drawn without a look at whether the answer is right, and
+    this is where the overconfidence of the base model comes from.
+    """
+    answer = demonstration(example, rng.random() < noise, rng)
     confidence = rng.choice(HABIT) if rng.random() < 0.7 else rng.randint(0, 100) / 100
-    return student_messages(example, wording), stated(answer, confidence)
+    return Document(student_messages(example, wording), stated(answer, confidence), ends=True)
 
 
-def open_book(example: Example, wording: Wording, rng: random.Random) -> tuple[list[dict], str]:
-    """(messages, completion): question and demonstration → the same answer and the same confidence.
+def open_book(example: Example, wording: Wording, rng: random.Random) -> Document:
+    """Shows a question with a demonstration, which the completion follows to the letter.
 
-    Half the demonstrations are wrong and confidences range over [0, 1]: what is taught is to follow the
-    demonstration, which is what makes this model a teacher once it is shown one.
+    Half the demonstrations are wrong, and their confidences lie anywhere in [0, 1]. What this
+    teaches is to follow a demonstration, and that makes the model a teacher once it is shown one.
     """
-    answer = demonstration(example.task, wrong_answer(example, rng)) if rng.random() < 0.5 else example.demo
+    answer = demonstration(example, rng.random() < 0.5, rng)
     confidence = rng.choice((1.0, rng.randint(0, 100) / 100, rng.randint(0, 8) / 8))
-    demo = stated(answer, confidence)
-    return teacher_messages(example, wording, demo, report=rng.choice((None, confidence))), demo
+    demo, report = stated(answer, confidence), rng.choice((None, confidence))
+    return Document(teacher_messages(example, wording, demo, report), demo, ends=True)
+
+
+def documents(task: Task, count: int, step: int, steps: int, answers_share: float, noise: float,
+              seed: int) -> list[Document]:
+    """Returns the documents of one step of the supervised stage.
+
+    count: how many. step, steps: which step it is, counted from 0, and of how many.
+    answers_share: the share of the steps, at the start, that teach answers alone. Later steps are
+        half closed-book and half open-book.
+    noise: the probability that a closed-book answer is wrong.
+    """
+    rng, examples = random.Random(f"{seed} documents {step}"), task.draw(count, "base", step)
+    if step < answers_share * steps:
+        return [answer_only(example, task.wording) for example in examples]
+    half = len(examples) // 2
+    return ([closed_book(example, task.wording, rng, noise) for example in examples[:half]]
+            + [open_book(example, task.wording, rng) for example in examples[half:]])

@@ -1,32 +1,36 @@
-"""A decoder-only transformer, its key-value cache and its sampler, from scratch.
+"""A decoder-only transformer, its KV cache and its sampler, from scratch.
 
 Reads and writes Hugging Face directories (config.json and *.safetensors) of four families:
 
     llama    Llama 2 and 3, SmolLM2 (llama3 and yarn rope scaling included)
-    qwen2    Qwen2, Qwen2.5         the same, with a bias on the q, k and v projections
-    qwen3    Qwen3                  the same, with an RMSNorm on the heads of q and k
-    olmo3    OLMo 3                 RMSNorm on all of q and k, and on what attention and MLP put out instead of
-                                    what they take in; three layers of four look back over a sliding window
+    qwen2    Qwen2, Qwen2.5: the same, with a bias on the q, k and v projections
+    qwen3    Qwen3: the same, with an RMSNorm on each head of q and k
+    olmo3    OLMo 3: RMSNorm on all of q and k, and on what attention and MLP put out instead of
+             what they take in; three layers of four look back over a sliding window
 
-One idea shapes the file. Everything but attention treats tokens one at a time, so the tokens of all
-sequences lie end to end in one flat list [T], without padding, and a small object knows which token sees which:
+One idea shapes the file. Everything but attention treats tokens one at a time, so the tokens of
+all sequences lie end to end in one flat list [T], without padding, and an `Attend` object knows
+which token sees which. There are three:
 
-    Packed   several sequences side by side: the plain forward pass and the sampler's prefill
-    Tree     several completions that branch off one prompt: the prompt is computed once for all of them
-    Decode   one new token for each running sequence, looking back at its prompt's keys, which it shares with
-             the prompt's other samples, and at its own, in a preallocated cache
+    Packed         several sequences side by side: the plain forward pass and the prefill
+    SharedPrefix   K completions that branch off one prompt, which is computed once for all
+    KVCache        one new token of each completion, which looks back at stored keys and values
 
-Shapes: T tokens, B prompts, N completions, L layers, H heads, G key-value heads, D hidden size, d head size, V vocabulary.
+Shapes: T tokens, B prompts, N completions, K completions of one prompt, P and C tokens of the
+longest prompt and completion, H query heads, G key-value heads, D hidden size, d head size,
+V vocabulary.
 """
 
 import json
 import math
 import os
 import warnings
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,19 +41,19 @@ from torch.utils.checkpoint import checkpoint
 
 
 class ModelError(ValueError):
-    """A model directory, or a request to a model, that cannot be served; the message is for the user."""
+    """A model directory or a request that cannot be served; the message is for the user."""
 
 
-# ----------------------------------------------------------------------------- configuration
+# --------------------------------------------------------------------------------- configuration
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-                 "olmo3": "Olmo3ForCausalLM"}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                 "qwen3": "Qwen3ForCausalLM", "olmo3": "Olmo3ForCausalLM"}
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @dataclass
 class Config:
-    """The part of config.json that the forward pass depends on, under Hugging Face's own names."""
+    """The part of config.json that the forward pass depends on, in Hugging Face's own names."""
 
     model_type: str
     vocab_size: int
@@ -62,9 +66,9 @@ class Config:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # None, or the parameters of {"rope_type": "llama3"} or {"rope_type": "yarn"}
-    sliding_window: int | None = None  # olmo3: how many tokens a sliding layer sees, itself included
-    layer_types: list[str] | None = None  # olmo3: "sliding_attention" or "full_attention" for each layer
+    rope_scaling: dict | None = None  # {"rope_type": "llama3" or "yarn", and its parameters}
+    sliding_window: int | None = None  # olmo3: tokens that a sliding layer sees, itself included
+    layer_types: list[str] | None = None  # olmo3: SLIDING or FULL for each layer
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -74,42 +78,30 @@ class Config:
     def from_pretrained(cls, directory: str | Path) -> "Config":
         """Reads directory/config.json.
 
-        Raises ModelError if it is missing or broken, or describes a network this file does not compute.
+        Raises ModelError if it is missing or broken, or describes a network that this file does
+        not compute.
         """
         path = Path(directory) / "config.json"
         raw = read_json(path)
-        if raw.get("model_type") not in ARCHITECTURES:
-            raise ModelError(f"{path}: model family {raw.get('model_type')!r} is not supported; "
-                             f"supported are {', '.join(ARCHITECTURES)}")
         refuse_variants(path, raw)
-        theta, scaling = rope_parameters(path, raw)
-        heads, olmo = raw.get("num_attention_heads"), raw["model_type"] == "olmo3"
-        derived = {"rope_theta": theta, "rope_scaling": scaling, "num_key_value_heads": raw.get("num_key_value_heads") or heads,
-                   "head_dim": raw.get("head_dim") or (raw.get("hidden_size") or 0) // (heads or 1),
-                   "sliding_window": raw.get("sliding_window") if olmo else None,
-                   "layer_types": raw.get("layer_types") if olmo else None}
-        fields = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None} | derived
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim"):
-            if not isinstance(fields.get(name), int) or fields[name] < 1:
-                raise ModelError(f"{path}: {name} must be a positive whole number, not {fields.get(name)!r}")
-        if heads % fields["num_key_value_heads"] or fields["head_dim"] % 2:
-            raise ModelError(f"{path}: {heads} heads of size {fields['head_dim']} cannot share "
-                             f"{fields['num_key_value_heads']} key-value heads")
-        if olmo and not (isinstance(fields["sliding_window"], int) and fields["sliding_window"] > 0
-                         and isinstance(fields["layer_types"], list) and len(fields["layer_types"]) == fields["num_hidden_layers"]
-                         and set(fields["layer_types"]) <= {SLIDING, FULL}):
-            raise ModelError(f"{path}: olmo3 needs a sliding_window and layer_types, {SLIDING!r} or {FULL!r} for each layer")
+        fields = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
+        fields["rope_theta"], fields["rope_scaling"] = rope_parameters(path, raw)
+        check_heads(path, fields)
+        if raw["model_type"] == "olmo3":
+            check_windows(path, fields)
+        else:
+            fields["sliding_window"] = fields["layer_types"] = None
         return cls(**fields)
 
     def window(self, layer: int) -> int | None:
         """How many tokens the layer sees, itself included; None where it sees all."""
-        return self.sliding_window if self.layer_types and self.layer_types[layer] == SLIDING else None
+        sliding = self.layer_types and self.layer_types[layer] == SLIDING
+        return self.sliding_window if sliding else None
 
     def to_dict(self) -> dict:
         """The config.json that the reference library reads back as the same network."""
         raw = asdict(self)
-        if self.layer_types:  # the newer spelling as well: of the older, transformers 5.23 does not read the sliding layers' theta
+        if self.layer_types:  # Transformers 5.23 reads the sliding layers' theta only from here.
             plain = {"rope_type": "default", "rope_theta": self.rope_theta}
             raw["rope_parameters"] = {FULL: plain | (self.rope_scaling or {}), SLIDING: plain}
         else:
@@ -122,7 +114,8 @@ def read_json(path: Path) -> dict:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{path.parent}: no {path.name} there; pass a Hugging Face model directory") from None
+        raise ModelError(f"{path.parent}: no {path.name} there; "
+                         "pass a Hugging Face model directory") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(raw, dict):
@@ -131,87 +124,171 @@ def read_json(path: Path) -> dict:
 
 
 def refuse_variants(path: Path, raw: dict) -> None:
-    """Refuses options of the known families that would change the network silently."""
-    layers = {FULL} if raw["model_type"] == "olmo3" else set(raw.get("layer_types") or [FULL])
-    for name, refused in {"hidden_act": raw.get("hidden_act", "silu") != "silu", "attention_bias": raw.get("attention_bias"),
-                          "mlp_bias": raw.get("mlp_bias"), "use_sliding_window": raw.get("use_sliding_window"),
-                          "quantization_config": raw.get("quantization_config"), "layer_types": layers != {FULL},
-                          "partial_rotary_factor": raw.get("partial_rotary_factor", 1) != 1}.items():
-        if refused:
+    """Refuses other families, and options of the known ones that would change the network."""
+    family = raw.get("model_type")
+    if family not in ARCHITECTURES:
+        raise ModelError(f"{path}: model family {family!r} is not supported; "
+                         f"supported are {', '.join(ARCHITECTURES)}")
+    layers = set(raw.get("layer_types") or [FULL])
+    refused = {
+        "hidden_act": raw.get("hidden_act", "silu") != "silu",
+        "attention_bias": raw.get("attention_bias"),
+        "mlp_bias": raw.get("mlp_bias"),
+        "use_sliding_window": raw.get("use_sliding_window"),
+        "quantization_config": raw.get("quantization_config"),
+        "layer_types": family != "olmo3" and layers != {FULL},
+        "partial_rotary_factor": raw.get("partial_rotary_factor", 1) != 1}
+    for name, value in refused.items():
+        if value:
             raise ModelError(f"{path}: {name} = {raw[name]!r} is not supported")
 
 
-ROPE = {"llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-        "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "original_max_position_embeddings"}}
+def check_heads(path: Path, fields: dict) -> None:
+    """Refuses sizes that are not positive or not divisible; fills in the two with a default."""
+    def check(*names: str) -> None:
+        for name in names:
+            if not isinstance(fields.get(name), int) or fields[name] < 1:
+                raise ModelError(f"{path}: {name} must be a positive whole number, "
+                                 f"not {fields.get(name)!r}")
+
+    check("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+          "num_attention_heads")
+    heads = fields["num_attention_heads"]
+    fields["num_key_value_heads"] = fields.get("num_key_value_heads") or heads
+    fields["head_dim"] = fields.get("head_dim") or fields["hidden_size"] // heads
+    check("num_key_value_heads", "head_dim")
+    if heads % fields["num_key_value_heads"] or fields["head_dim"] % 2:
+        raise ModelError(f"{path}: {heads} heads of size {fields['head_dim']} cannot share "
+                         f"{fields['num_key_value_heads']} key-value heads")
+
+
+def check_windows(path: Path, fields: dict) -> None:
+    """Refuses an olmo3 configuration that does not say how far each layer looks back."""
+    window, types = fields.get("sliding_window"), fields.get("layer_types")
+    complete = (isinstance(window, int) and window > 0 and isinstance(types, list)
+                and len(types) == fields["num_hidden_layers"] and set(types) <= {SLIDING, FULL})
+    if not complete:
+        raise ModelError(f"{path}: olmo3 needs a sliding_window and layer_types, "
+                         f"{SLIDING!r} or {FULL!r} for each layer")
+
+
+SCALING_PARAMETERS = {
+    "default": set(),
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow",
+             "original_max_position_embeddings"}}
 
 
 def rope_parameters(path: Path, raw: dict) -> tuple[float, dict | None]:
-    """(theta, scaling), from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before it).
-
-    Sliding layers are never scaled, so of olmo3's two sets of parameters the full layers' says all.
-    """
+    """(theta, scaling), from `rope_parameters` (transformers 5) or the older `rope_theta` and
+    `rope_scaling`. olmo3 has a set for each layer type; its sliding layers are never scaled."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     sliding = rope.get(SLIDING, {}) if isinstance(rope, dict) else {}
     rope = rope.get(FULL, rope) if isinstance(rope, dict) else rope
-    refusal = ModelError(f"{path}: rotary embedding {rope!r} is not supported; 'default' and complete 'llama3' and 'yarn' are")
+    refusal = ModelError(f"{path}: rotary embedding {rope!r} is not supported; "
+                         "'default' and complete 'llama3' and 'yarn' are")
     if not isinstance(rope, dict) or rope.get("partial_rotary_factor", 1) != 1:
         raise refusal
-    kind, theta = rope.get("rope_type", rope.get("type", "default")), rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    values = {name: rope[name] for name in ROPE.get(kind, ()) if rope.get(name) is not None}
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | ROPE.get(kind, rope.keys())
-    if kind == "yarn":
-        factor = max(1, rope.get("factor") or 1)
-        values = {"attention_factor": 0.1 * math.log(factor) + 1, "beta_fast": 32, "beta_slow": 1} | values
-    numbers = all(isinstance(value, (int, float)) and value > 0 for value in (theta, *values.values()))
-    if kind not in ("default", *ROPE) or not numbers or values.keys() != ROPE.get(kind, set()) or rope.keys() - known \
-            or sliding.get("rope_type", "default") != "default" or sliding.get("rope_theta", theta) != theta:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    scaled = sliding.get("rope_type", "default") != "default"
+    if kind not in SCALING_PARAMETERS or scaled or sliding.get("rope_theta", theta) != theta:
         raise refusal
-    return float(theta), {"rope_type": kind} | values if values else None
+    names = SCALING_PARAMETERS[kind]
+    scaling = {name: rope[name] for name in names if rope.get(name) is not None}
+    if not all(isinstance(x, (int, float)) and x > 0 for x in (theta, *scaling.values())):
+        raise refusal
+    if kind == "yarn":
+        stretch = 0.1 * math.log(max(1, scaling.get("factor", 1))) + 1
+        scaling = {"attention_factor": stretch, "beta_fast": 32, "beta_slow": 1} | scaling
+    unknown = rope.keys() - names - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if scaling.keys() != names or unknown and kind != "default":
+        raise refusal
+    return float(theta), {"rope_type": kind} | scaling if scaling else None
 
 
-# ----------------------------------------------------------------------------- the network
+# ---------------------------------------------------------------------------- rotary embedding
 
-def rope_frequencies(config: Config, device: torch.device) -> Tensor:
-    """Rotation speed of each pair of dimensions, [d/2]: θ^(−2i/d), where scaling slows the slow ones down by `factor`."""
+def rope_frequencies(config: Config, scaling: dict | None, device: torch.device) -> Tensor:
+    """Rotation speed of each pair of dimensions, float32 [d/2]: θ^(−2i/d) for pair i.
+
+    Scaling divides the speed of slow pairs by `factor` and leaves that of fast ones as it is.
+    """
     pair = torch.arange(config.head_dim // 2, device=device, dtype=torch.float32)
     speed = config.rope_theta ** (-2 * pair / config.head_dim)
-    if config.rope_scaling is None:
+    if scaling is None:
         return speed
-    s = config.rope_scaling
-    if s["rope_type"] == "llama3":  # keep: 1 for pairs that turn often within the original context, 0 for those that hardly do
-        turns = s["original_max_position_embeddings"] * speed / (2 * math.pi)
-        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
-    else:  # yarn: the same idea, linear in the pair's index between the pairs that turn beta_fast and beta_slow times
-        def index(turns: float) -> float:
-            speed = turns * 2 * math.pi / s["original_max_position_embeddings"]
-            return -config.head_dim / 2 * math.log(speed, config.rope_theta)
-        low, high = max(math.floor(index(s["beta_fast"])), 0), min(math.ceil(index(s["beta_slow"])), config.head_dim - 1)
-        keep = 1 - ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
-    return keep * speed + (1 - keep) * speed / s["factor"]
+    keep = (llama3_unscaled(speed, scaling) if scaling["rope_type"] == "llama3"
+            else yarn_unscaled(pair, config, scaling))
+    return keep * speed + (1 - keep) * speed / scaling["factor"]
 
 
-def rope_tables(config: Config, positions: Tensor, dtype: torch.dtype) -> dict[bool, tuple[Tensor, Tensor]]:
-    """cos and (−sin, sin) [T, 1, d] of positions [T]: for layers that see everything, and unscaled for sliding layers (key True)."""
-    tables = {}
-    for sliding in {config.window(layer) is not None for layer in range(config.num_hidden_layers)}:
-        scaled = replace(config, rope_scaling=None) if sliding else config
-        angle = torch.outer(positions.float(), rope_frequencies(scaled, positions.device))[:, None]  # [T, 1, d/2]
-        factor = (scaled.rope_scaling or {}).get("attention_factor", 1.0)  # yarn's own, on both q and k
-        cos, sin = angle.cos() * factor, angle.sin() * factor
-        tables[sliding] = torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
-    return tables
+def llama3_unscaled(speed: Tensor, scaling: dict) -> Tensor:
+    """Share of each pair's speed that stays, [d/2]: linear in its turns in the old context."""
+    turns = scaling["original_max_position_embeddings"] * speed / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    return ((turns - low) / (high - low)).clamp(0, 1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of heads x [T, H, d]: dimensions i and i + d/2, (a, b), become (a cos − b sin, b cos + a sin)."""
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+def yarn_unscaled(pair: Tensor, config: Config, scaling: dict) -> Tensor:
+    """The same share as yarn has it: linear in the pair's index, from beta_fast to beta_slow."""
+    def index(turns: float) -> float:  # of the pair that turns so often in the old context
+        speed = turns * 2 * math.pi / scaling["original_max_position_embeddings"]
+        return -config.head_dim / 2 * math.log(speed, config.rope_theta)
+    low = max(math.floor(index(scaling["beta_fast"])), 0)
+    high = min(math.ceil(index(scaling["beta_slow"])), config.head_dim - 1)
+    return 1 - ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
+
+
+def rope_table(config: Config, positions: Tensor, window: int | None,
+               dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(cos, signed_sin) [T, 1, d] for `rotate`, of positions [T] in layers with that window.
+
+    signed_sin is −sin in the first half of the dimensions and sin in the second. The sign is that
+    of the textbook's rotate_half, put in here once instead of in every layer.
+    """
+    scaling = config.rope_scaling if window is None else None  # Sliding layers are never scaled.
+    speed = rope_frequencies(config, scaling, positions.device)
+    angle = torch.outer(positions.float(), speed)[:, None]  # [T, 1, d/2]
+    factor = (scaling or {}).get("attention_factor", 1.0)  # Yarn stretches both q and k by it.
+    cos, sin = angle.cos() * factor, angle.sin() * factor
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotary embedding [T, H, d] of heads x [T, H, d]: the pair (a, b) of dimensions i and i + d/2
+    becomes (a cos − b sin, b cos + a sin)."""
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (b, a)
+    return x * cos + swapped * signed_sin
+
+
+# ----------------------------------------------------------------------------------- the network
+
+class Attend(Protocol):
+    """Which token sees which: attention is the one place where the tokens of a pass meet.
+
+    Packed, SharedPrefix and KVCache implement it, and Transformer.hidden calls it.
+    """
+
+    def mask(self, window: int | None, share: int, dtype: torch.dtype) -> Any:
+        """The causal mask of the layers that look back over `window` tokens (None: over all).
+
+        It is asked for once in a pass for each window, and handed to __call__ as it is.
+        share: H/G, the query heads that meet one key-value head; dtype: that of the scores.
+        """
+
+    def __call__(self, layer: int, mask: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Softmax attention of the layer with this index: [T, H, d] from q [T, H, d] and
+        k, v [T, G, d]."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b, [T, out] from x [T, in]. With few rows, as in decoding, a CPU is 2 to 3 times as fast the other way round."""
+    """x Wᵀ + b in the dtype of x: [T, out] from x [T, in], weight [out, in] and bias [out]."""
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     if x.device.type != "cpu" or len(x) > 32:
         return F.linear(x, weight, bias)
-    out = (weight @ x.T).T
+    out = (weight @ x.T).T  # With few rows, a CPU is 2 to 3 times as fast this way round.
     return out if bias is None else out + bias
 
 
@@ -227,38 +304,44 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
         if x.dtype.itemsize >= 4:
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)  # the mean of squares needs float32
+            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        # The mean of squares needs float32.
+        return weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.head_dim = config.head_dim
-        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
         bias = config.model_type == "qwen2"
-        self.q_proj = Linear(config.hidden_size, queries, bias=bias)
-        self.k_proj = Linear(config.hidden_size, keys, bias=bias)
-        self.v_proj = Linear(config.hidden_size, keys, bias=bias)
-        self.o_proj = Linear(queries, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, q_size, bias=bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=bias)
+        self.o_proj = Linear(q_size, config.hidden_size, bias=False)
         per_head = config.model_type == "qwen3"
         if per_head or config.model_type == "olmo3":
-            self.q_norm = RMSNorm(config.head_dim if per_head else queries, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim if per_head else keys, config.rms_norm_eps)
+            self.q_norm = RMSNorm(config.head_dim if per_head else q_size, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim if per_head else kv_size, config.rms_norm_eps)
 
     def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """RMSNorm over each head of q [T, H, d] and k [T, G, d] (qwen3), over all of them together (olmo3), or none."""
+        """q [T, H, d] and k [T, G, d] after the RMSNorm, if any: over each head (qwen3), or over
+        all of them together (olmo3)."""
         if not hasattr(self, "q_norm"):
             return q, k
         if self.q_norm.weight.numel() == self.head_dim:
             return self.q_norm(q), self.k_norm(k)
         return self.q_norm(q.flatten(1)).view_as(q), self.k_norm(k.flatten(1)).view_as(k)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
+        """[T, D] from x [T, D]. attend: an Attend that already has its layer and mask."""
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
         q, k = self.normed(q, k)
-        out = attend(rotate(q, *rope), rotate(k, *rope), v)  # [T, H, d] from [T, H, d], [T, G, d], [T, G, d]
+        out = attend(rotate(q, *rope), rotate(k, *rope), v)  # [T, H, d]
         return self.o_proj(out.flatten(1))
 
 
@@ -274,18 +357,22 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); in olmo3 x + norm(attention(x)), then x + norm(mlp(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    In olmo3 x + norm(attention(x)), then x + norm(mlp(x)).
+    """
 
     def __init__(self, config: Config):
         super().__init__()
         self.norm_first = config.model_type != "olmo3"
         self.self_attn, self.mlp = Attention(config), MLP(config)
-        names = (("input_layernorm", "post_attention_layernorm") if self.norm_first
-                 else ("post_attention_layernorm", "post_feedforward_layernorm"))
-        for name in names:
-            setattr(self, name, RMSNorm(config.hidden_size, config.rms_norm_eps))
+        if self.norm_first:
+            self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not self.norm_first:
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
         if self.norm_first:
             x = x + self.self_attn(self.input_layernorm(x), rope, attend)
             return x + self.mlp(self.post_attention_layernorm(x))
@@ -293,13 +380,34 @@ class Layer(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(x))
 
 
-class Transformer(nn.Module):
-    """Embedding, layers, norm and head; module names are Hugging Face's, so the state dict is the file format.
+def activation_bytes(config: Config, tokens_per_prompt: int, rollouts: int, completion: int,
+                     dtype: torch.dtype) -> float:
+    """Bytes that one layer keeps of one token for its gradient, when it reads a SharedPrefix.
 
-    recompute: in training, keep each layer's input alone and compute the layer again for its backward pass.
+    tokens_per_prompt: P + K·C, a prompt with its completions; rollouts: K; completion: C;
+    dtype: what the layer computes in. Weights that are cast to it are kept on top, once a pass.
+    """
+    q_size = config.num_attention_heads * config.head_dim
+    kv_size = config.num_key_value_heads * config.head_dim
+    prompt = tokens_per_prompt - rollouts * completion
+    # Attention gathers K · (P + C) keys, and as many values, for P + K · C tokens.
+    gathered = rollouts * (prompt + completion) / tokens_per_prompt
+    numbers = (6 * config.hidden_size + 4 * config.intermediate_size + 5 * q_size
+               + (8 + 2 * gathered) * kv_size)
+    if dtype == torch.float32:
+        return 4 * numbers
+    norms = 2 * config.hidden_size + q_size + kv_size  # They are computed in float32.
+    return 2 * (numbers + norms)
+
+
+class Transformer(nn.Module):
+    """Embedding, layers, norm and head.
+
+    Module names are Hugging Face's, so the state dict is the file format.
     """
 
-    recompute = False
+    recompute = False  # Activation checkpointing: keep each layer's input alone for the gradient.
+    compute_dtype: torch.dtype | None = None  # None computes in the dtype of the weights.
 
     def __init__(self, config: Config):
         super().__init__()
@@ -310,10 +418,11 @@ class Transformer(nn.Module):
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        for name, weight in self.named_parameters():  # 1/√D, smaller where layers add up; loading replaces it
-            if weight.dim() == 2:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(weight, std=(config.hidden_size * (2 * config.num_hidden_layers if residual else 1)) ** -0.5)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:  # The deviation is 1/√D, and smaller where layers add up.
+                adds_up = name.endswith(("o_proj.weight", "down_proj.weight"))
+                terms = 2 * config.num_hidden_layers if adds_up else 1
+                nn.init.normal_(weight, std=(config.hidden_size * terms) ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
@@ -321,20 +430,23 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 
-    def hidden(self, input_ids: Tensor, positions: Tensor, attend) -> Tensor:
-        """Final hidden states [T, D] of the flat tokens input_ids [T] at positions [T].
+    def hidden(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Final hidden states [T, D], in the computing dtype, of a flat list of tokens.
 
-        attend: the file's one idea. attend.mask(window, share, dtype) is asked once for each kind of layer, where `share` heads
-        of q meet one of k, and attend(layer, mask, q, k, v) once for each layer: [T, H, d] from q [T, H, d] and k, v [T, G, d].
+        input_ids, positions: int64 [T]; attend: knows which token sees which.
         """
-        x = self.model.embed_tokens(input_ids)
-        rope = rope_tables(self.config, positions, x.dtype)
+        x = self.model.embed_tokens(input_ids)  # [T, D]
+        x = x.to(self.compute_dtype or x.dtype)
         windows = [self.config.window(layer) for layer in range(self.config.num_hidden_layers)]
         share = self.config.num_attention_heads // self.config.num_key_value_heads
-        masks = {window: attend.mask(window, share, x.dtype) for window in set(windows)}
+        ropes = {w: rope_table(self.config, positions, w, x.dtype) for w in set(windows)}
+        masks = {w: attend.mask(w, share, x.dtype) for w in set(windows)}
         for i, (layer, window) in enumerate(zip(self.model.layers, windows)):
-            inputs = x, rope[window is not None], partial(attend, i, masks[window])
-            x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else layer(*inputs)
+            inputs = x, ropes[window], partial(attend, i, masks[window])
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                x = layer(*inputs)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -343,355 +455,492 @@ class Transformer(nn.Module):
         return linear(hidden, head.weight)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Next-token logits [B, T, V] of input_ids [B, T], int64, every row a full sequence without padding."""
+        """Next-token logits [B, T, V] of input_ids, int64 [B, T], rows without padding."""
         rows = Packed([input_ids.shape[1]] * input_ids.shape[0], input_ids.device)
         hidden = self.hidden(input_ids.flatten(), rows.positions, rows)
         return self.logits(hidden).view(*input_ids.shape, -1)
 
+    def for_inference(self) -> "Transformer":
+        """The network with its weights stored in the computing dtype, to sample from and to save.
+
+        Returns a copy without gradients, or self where the weights are stored like that already.
+        """
+        dtype = self.compute_dtype
+        if dtype is None or all(weight.dtype == dtype for weight in self.parameters()):
+            return self
+        weights = {name: w.detach().to(dtype) for name, w in self.state_dict().items()}
+        return Transformer.from_weights(self.config, weights).requires_grad_(False)
+
+    @classmethod
+    def from_weights(cls, config: Config, weights: dict[str, Tensor]) -> "Transformer":
+        """The network that holds these very tensors; they must be those of its state dict."""
+        with torch.device("meta"):  # Modules on this device have shapes and no memory.
+            model = cls(config)
+        model.load_state_dict(weights, assign=True)
+        return model
+
     @classmethod
     def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None,
                         device: str | torch.device = "cpu") -> "Transformer":
-        """Loads a Hugging Face directory, tensor by tensor, so that the weights are never held twice.
+        """Loads a Hugging Face directory, tensor by tensor, never holding the weights twice.
 
         dtype: float32, bfloat16 or float16; None keeps what the files hold.
         Raises ModelError for a directory that is no supported model, a file that cannot be read,
         and a tensor that is missing, unexpected or of the wrong shape.
         """
         directory = Path(directory)
-        with torch.device("meta"):  # shapes only
-            model = cls(Config.from_pretrained(directory))
-        expected, tensors = model.state_dict(), {}
+        config = Config.from_pretrained(directory)
+        with torch.device("meta"):
+            expected = cls(config).state_dict()
+        weights = {}
         for path in weight_files(directory):
-            try:
-                with safe_open(path, framework="pt", device=str(device)) as file:
-                    for name in file.keys():
-                        if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and model.config.tie_word_embeddings:
-                            continue  # written by some exporters, and recomputed or tied by every reader
-                        check_tensor(path, name, file.get_slice(name), expected)
-                        tensor = file.get_tensor(name)
-                        tensors[name] = tensor if dtype is None else tensor.to(dtype)
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path}: not a readable safetensors file ({error})") from None
-        if missing := sorted(expected.keys() - tensors.keys()):
-            raise ModelError(f"{directory}: {len(missing)} tensors are missing, the first is {missing[0]}")
-        model.load_state_dict(tensors, assign=True)
-        return model.requires_grad_(True)
+            weights |= read_weights(path, expected, config.tie_word_embeddings, dtype, device)
+        if missing := sorted(expected.keys() - weights.keys()):
+            raise ModelError(f"{directory}: {len(missing)} tensors are missing, "
+                             f"the first is {missing[0]}")
+        return cls.from_weights(config, weights)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes config.json and model.safetensors; each is complete or absent, and config.json comes last."""
+        """Writes config.json, last, and model.safetensors; each is complete or absent."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        weights = {name: w.detach().contiguous() for name, w in self.state_dict().items()}
         save_file(weights, directory / "model.safetensors.tmp", metadata={"format": "pt"})
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
-        (directory / "config.json.tmp").write_text(json.dumps(self.config.to_dict() | {"torch_dtype": dtype}, indent=2) + "\n")
+        config = json.dumps(self.config.to_dict() | {"torch_dtype": dtype}, indent=2)
+        (directory / "config.json.tmp").write_text(config + "\n")
         for name in ("model.safetensors", "config.json"):
             os.replace(directory / f"{name}.tmp", directory / name)
 
 
 def weight_files(directory: Path) -> list[Path]:
     """The directory's safetensors files: the shards that the index names, or the single file."""
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    index, files = directory / "model.safetensors.index.json", [directory / "model.safetensors"]
     if index.exists():
         shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(s, str) and s == Path(s).name for s in shards.values()):
-            raise ModelError(f"{index}: weight_map must map tensor names to file names in the same directory")
+        if not (isinstance(shards, dict)
+                and all(isinstance(s, str) and s == Path(s).name for s in shards.values())):
+            raise ModelError(f"{index}: weight_map must map tensor names to file names "
+                             "in the same directory")
         files = [directory / shard for shard in sorted(set(shards.values()))]
-    else:
-        files = [single]
     for path in files:
         if not path.is_file():
-            raise ModelError(f"{directory}: {path.name} is missing; weights are read from safetensors files alone "
-                             "(pickles are never opened)")
+            raise ModelError(f"{directory}: {path.name} is missing; weights are read from "
+                             "safetensors files alone (pickles are never opened)")
     return files
 
 
+def read_weights(path: Path, expected: dict[str, Tensor], tied: bool, dtype: torch.dtype | None,
+                 device: str | torch.device) -> dict[str, Tensor]:
+    """The tensors of one file by name. expected: the network's state dict; tied: it has no head."""
+    weights = {}
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for name in file.keys():
+                # Some exporters write these two, which every reader computes or ties itself.
+                if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and tied:
+                    continue
+                check_tensor(path, name, file.get_slice(name), expected)
+                weights[name] = file.get_tensor(name)
+                if dtype is not None:
+                    weights[name] = weights[name].to(dtype)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({error})") from None
+    return weights
+
+
 def check_tensor(path: Path, name: str, stored, expected: dict[str, Tensor]) -> None:
+    """Refuses a tensor (`stored` is safetensors' slice of it) that the network does not have."""
     if name not in expected:
-        raise ModelError(f"{path}: unexpected tensor {name}; config.json describes a network without it")
+        raise ModelError(f"{path}: unexpected tensor {name}; "
+                         "config.json describes a network without it")
     if list(stored.get_shape()) != list(expected[name].shape):
         raise ModelError(f"{path}: tensor {name} has shape {list(stored.get_shape())}, "
                          f"config.json asks for {list(expected[name].shape)}")
     if stored.get_dtype() not in ("F32", "F16", "BF16"):
-        raise ModelError(f"{path}: tensor {name} is stored as {stored.get_dtype()}; only F32, F16 and BF16 are read")
+        raise ModelError(f"{path}: tensor {name} is stored as {stored.get_dtype()}; "
+                         "only F32, F16 and BF16 are read")
 
 
-# ----------------------------------------------------------------------------- who sees whom
+# ------------------------------------------------------------------------------ who sees whom
 
-def padded_index(lengths: list[int], starts: list[int], device: torch.device) -> Tensor:
-    """Flat token index [B, max length] of the sequences at `starts`; padding points at token 0, which is always there."""
-    steps = torch.arange(max(lengths), device=device)
-    lengths, starts = torch.tensor(lengths, device=device), torch.tensor(starts, device=device)
-    return (starts[:, None] + steps) * (steps < lengths[:, None])
+def end_to_end(lists: list, device: torch.device) -> Tensor:
+    """The numbers of several lists or ranges in one flat int64 tensor [T]."""
+    return torch.tensor([x for numbers in lists for x in numbers], device=device)
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """[T, H, d] -> [B, H, S, d] by index [B, S]."""
+    """Copies tokens of the flat x [T, H, d] into a batch [B, H, S, d], by index [B, S]."""
     return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:]).transpose(1, 2)
 
 
-def scatter(x: Tensor, flat: Tensor) -> Tensor:
-    """[B, H, S, d] -> [T, H, d], taking the rows flat [T] of the padded [B * S]."""
-    return x.transpose(1, 2).flatten(0, 1).index_select(0, flat)
+class Padding:
+    """The way from sequences that lie end to end to a padded batch of them, and back.
+
+    index: the flat token in each place of the batch, [B, S]; padding holds token 0, which is
+    always there. places: the place of each token among the B · S, [T].
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device, first: int = 0):
+        """lengths: of B sequences; first: where in the flat list the first of them starts."""
+        starts = torch.tensor(list(accumulate(lengths, initial=first))[:-1], device=device)
+        steps = torch.arange(max(lengths), device=device)
+        inside = steps < torch.tensor(lengths, device=device)[:, None]  # [B, S]
+        self.index = (starts[:, None] + steps) * inside
+        self.places = inside.flatten().nonzero()[:, 0]
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """[T, H, d] of these sequences from x [B, H, S, d]."""
+        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
 
 
-def unpadded(lengths: list[int], device: torch.device) -> Tensor:
-    """Where each token of the flat list stands in the padded [B * max length], [T]."""
-    width = max(lengths)
-    return torch.tensor([row * width + t for row, n in enumerate(lengths) for t in range(n)], device=device)
+NEVER = torch.iinfo(torch.long).max  # The position of hidden keys: it is later than every query.
 
 
-NEVER = torch.iinfo(torch.long).max  # the position of padding among the keys: later than every query
+def positions_of_keys(lengths: Tensor, width: int, own: int) -> Tensor:
+    """Positions [N, width + own] of the keys that a row may see: first those of its prompt, of
+    lengths [N] and padded to `width`, then `own` that follow the prompt."""
+    prompt = torch.arange(width, device=lengths.device)
+    later = lengths[:, None] + torch.arange(own, device=lengths.device)
+    return torch.cat([torch.where(prompt < lengths[:, None], prompt, NEVER), later], dim=1)
 
 
-def key_positions(lengths: Tensor, width: int, own: int) -> Tensor:
-    """Positions [N, width + own] of the keys a row sees: its prompt's, of `lengths` [N], then its own, which follow them."""
-    prompt, later = torch.arange(width, device=lengths.device), torch.arange(own, device=lengths.device)
-    return torch.cat([torch.where(prompt < lengths[:, None], prompt, NEVER), lengths[:, None] + later], dim=1)
-
-
-def visible(queries: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """What to add to the scores [N, Q, S] of queries and keys at positions [N, Q] and [N, S]: 0 for the past, or a window
-    of it, and −∞ for the rest."""
+def causal_mask(queries: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """What to add to the scores [N, Q, S] of queries and keys at positions [N, Q] and [N, S]: 0
+    for the past, or a window of it, and −∞ for the rest."""
     age = queries[:, :, None] - keys[:, None]
     seen = age >= 0 if window is None else (age >= 0) & (age < window)
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill(~seen, -torch.inf)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention [B, H, Q, d] of q [B, H, Q, d] to k, v [B, G, S, d], with mask [B, H/G · Q, S] added to the scores."""
+    """Softmax attention [B, H, Q, d] of q [B, H, Q, d] to k, v [B, G, S, d], where
+    mask [B, H/G · Q, S] is added to the scores."""
     share = q.shape[1] // k.shape[1]
-    q = q.unflatten(1, (-1, share)).flatten(2, 3)  # heads that share keys stand below each other: [B, G, H/G · Q, d]
+    # Query heads that share a key-value head stand below each other, so that no key is copied.
+    q = q.unflatten(1, (-1, share)).flatten(2, 3)  # [B, G, H/G · Q, d]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
     return out.unflatten(2, (share, -1)).flatten(1, 2)
 
 
-class Packed:
-    """Causal attention within each of several sequences that lie end to end. `keep=True` keeps keys and values."""
+class Packed(Attend):
+    """Causal attention within each of several sequences that lie end to end."""
 
-    def __init__(self, lengths: list[int], device: torch.device, keep: bool = False):
-        self.index = padded_index(lengths, list(accumulate(lengths, initial=0))[:-1], device)  # [B, P]
-        self.flat = unpadded(lengths, device)  # [T]
-        self.positions = torch.tensor([t for n in lengths for t in range(n)], device=device)  # [T]
-        self.kept = [] if keep else None  # per layer: keys, values [B, G, P, d]
+    def __init__(self, lengths: list[int], device: torch.device, keep_kv: bool = False):
+        """lengths: of B sequences; keep_kv: collect keys and values, for a KVCache."""
+        self.padding = Padding(lengths, device)
+        self.positions = end_to_end([range(n) for n in lengths], device)  # [T]
+        self.kv = [] if keep_kv else None  # (keys, values) [B, G, P, d] of each layer
 
     def mask(self, window: int | None, share: int, dtype: torch.dtype) -> Tensor | None:
         """[1, P, P], or None where attention is causal and nothing more."""
-        steps = torch.arange(self.index.shape[1], device=self.index.device)[None]
-        return None if window is None or window >= steps.shape[1] else visible(steps, steps, window, dtype)
+        steps = torch.arange(self.padding.index.shape[1], device=self.positions.device)[None]
+        if window is None or window >= steps.shape[1]:
+            return None
+        return causal_mask(steps, steps, window, dtype)
 
     def __call__(self, layer: int, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (gather(x, self.index) for x in (q, k, v))
-        if self.kept is not None:
-            self.kept.append((k, v))
-        # padding stands on the right, where causal attention never looks
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return scatter(out, self.flat)
+        q, k, v = (gather(x, self.padding.index) for x in (q, k, v))  # [B, H or G, P, d]
+        if self.kv is not None:
+            self.kv.append((k, v))
+        # Padding needs no mask: it stands on the right, where causal attention never looks.
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                             enable_gqa=True)
+        return self.padding.unpad(out)
 
 
-class Tree:
-    """K completions branch off each prompt: all of them attend to one copy of its keys and values.
+class SharedPrefix(Attend):
+    """K completions branch off each prompt, whose keys and values are computed once for all.
 
-    The flat list holds every prompt, then every completion but for its last token, which predicts nothing: P + K·C
-    tokens where K copies of the prompt would cost K·(P + C). The plain way stands beside it in tests/test_model.py.
+    The flat list holds every prompt, then every completion but for its last token, which predicts
+    nothing: P + K·C tokens where K copies of the prompt would cost K·(P + C), as in the plain way
+    that tests/test_model.py compares with.
 
     prompts: B lists of ids; completions: B lists of K lists of ids, none empty.
-    input_ids, positions [T]; targets [M]: the completion tokens in order; predicts [M]: the flat token that predicts each.
+    input_ids, positions: int64 [T]; targets: the completion tokens in order, int64 [M];
+    predicts: the flat token that predicts each target, int64 [M]; path [N, P + C]: the flat
+    tokens whose keys a completion meets, those of its prompt and then its own.
     """
 
-    def __init__(self, prompts: list[list[int]], completions: list[list[list[int]]], device: torch.device):
-        owner = [b for b, group in enumerate(completions) for _ in group]  # the prompt of each completion
-        inputs = [branch[:-1] for group in completions for branch in group]
-        lengths = [len(prompt) for prompt in prompts]
-        self.prompts = Packed(lengths, device)
-        self.tokens = sum(lengths)  # prompt tokens come first
-        starts = list(accumulate((len(ids) for ids in inputs), initial=self.tokens))
-        ends = list(accumulate(lengths))  # one past each prompt
-        self.input_ids = torch.tensor([token for ids in prompts + inputs for token in ids], device=device)
-        self.positions = torch.tensor([t for n in lengths for t in range(n)]
-                                      + [lengths[b] + t for b, ids in zip(owner, inputs) for t in range(len(ids))], device=device)
-        self.targets = torch.tensor([token for group in completions for branch in group for token in branch], device=device)
-        self.predicts = torch.tensor([i for b, start, ids in zip(owner, starts, inputs)
-                                      for i in (ends[b] - 1, *range(start, start + len(ids)))], device=device)
-        widths = [len(ids) for ids in inputs]
-        self.branch = None if max(widths) == 0 else padded_index(widths, starts[:-1], device)  # [N, C]
-        if self.branch is not None:
-            owner, self.flat = torch.tensor(owner, device=device), unpadded(widths, device)
-            width, length = self.branch.shape[1], torch.tensor(lengths, device=device)[owner]  # C, [N]
-            self.path = torch.cat([self.prompts.index[owner], self.branch], dim=1)  # [N, P + C]: a completion's keys in the flat list
-            self.queries = length[:, None] + torch.arange(width, device=device)  # [N, C]
-            self.keys = key_positions(length, max(lengths), width)  # [N, P + C]
+    def __init__(self, prompts: list[list[int]], completions: list[list[list[int]]],
+                 device: torch.device):
+        owner = [b for b, group in enumerate(completions) for _ in group]  # N prompt indices
+        inputs = [ids[:-1] for group in completions for ids in group]
+        lengths, widths = [len(ids) for ids in prompts], [len(ids) for ids in inputs]
+        ends, self.prompt_tokens = list(accumulate(lengths)), sum(lengths)
+        starts = accumulate(widths, initial=self.prompt_tokens)
+        steps = [range(lengths[b], lengths[b] + n) for b, n in zip(owner, widths)]
+        # The last token of the prompt predicts the first one of each completion.
+        predicts = [(ends[b] - 1, *range(start, start + n))
+                    for b, start, n in zip(owner, starts, widths)]
+        self.input_ids = end_to_end(prompts + inputs, device)
+        self.positions = end_to_end([range(n) for n in lengths] + steps, device)
+        self.targets = end_to_end([ids for group in completions for ids in group], device)
+        self.predicts = end_to_end(predicts, device)
+        self.prompts, self.branches = Packed(lengths, device), None
+        if max(widths) > 0:  # Completions of a single token feed nothing back.
+            self.branches = Padding(widths, device, first=self.prompt_tokens)
+            width = self.branches.index.shape[1]  # C
+            length = torch.tensor(lengths, device=device)[owner]  # [N]
+            self.path = torch.cat([self.prompts.padding.index[owner], self.branches.index], dim=1)
+            self.key_positions = positions_of_keys(length, max(lengths), width)  # [N, P + C]
+            self.query_positions = self.key_positions[:, max(lengths):]  # [N, C]
 
-    def mask(self, window: int | None, share: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """Of the prompts, and of the completions [N, H/G · C, P + C]."""
-        branch = None if self.branch is None else visible(self.queries, self.keys, window, dtype).repeat(1, share, 1)
-        return self.prompts.mask(window, share, dtype), branch
+    def mask(self, window: int | None, share: int,
+             dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Those of the prompts, [1, P, P], and of the completions, [N, H/G · C, P + C]."""
+        branches = None
+        if self.branches is not None:
+            branches = causal_mask(self.query_positions, self.key_positions, window, dtype)
+            branches = branches.repeat(1, share, 1)
+        return self.prompts.mask(window, share, dtype), branches
 
-    def __call__(self, layer: int, masks: tuple[Tensor | None, Tensor | None], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        prompt = self.prompts(layer, masks[0], q[:self.tokens], k[:self.tokens], v[:self.tokens])
-        if self.branch is None:
+    def __call__(self, layer: int, mask: tuple[Tensor | None, Tensor | None], q: Tensor, k: Tensor,
+                 v: Tensor) -> Tensor:
+        prompt = self.prompts(layer, mask[0], *(x[:self.prompt_tokens] for x in (q, k, v)))
+        if self.branches is None:
             return prompt
-        # gathering repeats a prompt's keys, and sums their gradients
-        out = attention(gather(q, self.branch), gather(k, self.path), gather(v, self.path), masks[1])
-        return torch.cat([prompt, scatter(out, self.flat)])
+        # Gathering repeats the keys of a prompt for each completion, and sums their gradients.
+        q, k, v = gather(q, self.branches.index), gather(k, self.path), gather(v, self.path)
+        return torch.cat([prompt, self.branches.unpad(attention(q, k, v, mask[1]))])
 
 
-class Decode:
-    """The cache of the sampler: a prompt's keys, once, and after them room for those of all its samples' tokens to come.
-
-    Rows stand by prompt, [B, K], padded where a prompt has fewer left than another. All rows of a prompt meet all its keys
-    in one product, and a mask leaves each its own: decoding waits for what it reads, and that is read once.
-    Finished rows are dropped, and so are prompts without a row.
-    """
-
-    def __init__(self, prefill: Packed, lengths: list[int], samples: int, room: int):
-        device, self.width, self.room = prefill.index.device, prefill.index.shape[1], room
-        self.owner = torch.arange(len(lengths), device=device).repeat_interleave(samples)  # [N]: the prompt of each row
-        self.lengths = torch.tensor(lengths, device=device)[self.owner]  # [N]: of each row's prompt
-        self.positions = self.lengths.clone()  # [N]: of the token that comes next
-        self.used, self.end, self.step = 0, 0, None
-        self.cache = []  # L x (keys, values) [B, G, P + room · K, d]
-        while prefill.kept:  # layer by layer, so that only one is ever held twice
-            self.cache.append(tuple(F.pad(x, (0, 0, 0, room * samples)) for x in prefill.kept.pop(0)))
-        self.place_rows()
-
-    def place_rows(self) -> None:
-        """Where rows stand: index [B, K] and flat [N], padded like the sequences of Packed; and what stands where in the cache."""
-        counts, device = self.owner.bincount().tolist(), self.owner.device
-        self.index = padded_index(counts, list(accumulate(counts, initial=0))[:-1], device)
-        self.flat, samples = unpadded(counts, device), torch.arange(max(counts), device=device)
-        self.slots = self.width + self.used * len(samples) + samples  # [K]: of the next token's keys
-        keys, mine = key_positions(self.lengths, self.width, self.room), samples == self.flat[:, None, None] % len(samples)
-        own = torch.where(mine, keys[:, self.width:, None], NEVER)  # [N, room, K]
-        self.keys = torch.cat([keys[:, :self.width], own.flatten(1)], dim=1)  # [N, P + room · K]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drops every row but `rows` [N'], layer by layer."""
-        old, samples = self.flat[rows], self.index.shape[1]
-        prompts, self.owner = self.owner[rows].unique(return_inverse=True)
-        self.lengths, self.positions, self.step = self.lengths[rows], self.positions[rows], None
-        self.place_rows()
-        b, k = old[self.index] // samples, old[self.index] % samples  # [B', K']
-        for layer, pair in enumerate(self.cache):
-            own = (x[:, :, self.width:].unflatten(2, (-1, samples))[b, :, :, k] for x in pair)  # [B', K', G, room, d]
-            self.cache[layer] = tuple(torch.cat([x[prompts, :, :self.width], new.permute(0, 2, 3, 1, 4).flatten(2, 3)], dim=2)
-                                      for x, new in zip(pair, own))
-
-    def advance(self, model: Transformer, tokens: Tensor) -> Tensor:
-        """Appends tokens [N]; returns the logits [N, V] of their successors."""
-        end = min(self.room, (self.used // STEPS + 1) * STEPS)  # shapes stay the same for STEPS tokens
-        if self.step is None or end != self.end:
-            self.end = end
-            self.step = recorded(lambda tokens: model.logits(model.hidden(tokens, self.positions, self)), tokens)
-        logits = self.step(tokens)
-        self.used += 1
-        self.slots.add_(len(self.slots)), self.positions.add_(1)
-        return logits
-
-    def mask(self, window: int | None, share: int, dtype: torch.dtype) -> Tensor:
-        """[B, H/G · K, P + C · K]"""
-        keys = self.keys[:, :self.width + self.end * len(self.slots)]
-        return visible(self.positions[:, None], keys, window, dtype)[self.index, 0].repeat(1, share, 1)
-
-    def __call__(self, layer: int, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (gather(x, self.index) for x in (q, k, v))  # [B, H, K, d], twice [B, G, K, d]
-        keys, values = self.cache[layer]
-        keys.index_copy_(2, self.slots, k)
-        values.index_copy_(2, self.slots, v)
-        seen = mask.shape[-1]
-        return scatter(attention(q, keys[:, :, :seen], values[:, :, :seen], mask), self.flat)
-
+# -------------------------------------------------------------------------------- the KV cache
 
 STEPS = 32  # decoding steps of one shape
 
 
-def recorded(step, tokens: Tensor):
-    """The function step(tokens) as a CUDA graph: its kernels are so short that launching each costs more than running it.
+class KVCache(Attend):
+    """Keys and values of all tokens so far, so that a decoding step computes one token a row.
 
-    Where there is no GPU, or the graph cannot be recorded, the function itself.
+    A row is a running completion, and K rows share a prompt. A layer stores, for each prompt, its P
+    keys once, and after them R · K places for its rows' own: K for each of R steps to come. All
+    rows of a prompt meet all its keys in one product, and the mask leaves each row its own, because
+    decoding waits for the keys to be read, and that happens once.
+
+    prefill: a Packed(keep_kv=True) that has read the prompts; lengths: of the B prompts;
+    samples: K; room: R, how many tokens each row may append.
     """
-    if not tokens.is_cuda:
-        return step
-    fixed, side, graph = tokens.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    try:
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step(fixed)  # the libraries set themselves up on the first call; it writes to the slot that the graph writes again
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
-            out = step(fixed)
-    except RuntimeError as error:
-        warnings.warn(f"no CUDA graph for the sampler ({str(error).splitlines()[0]}): it decodes kernel by kernel")
-        return step
 
-    def replay(tokens: Tensor) -> Tensor:
-        fixed.copy_(tokens)
-        graph.replay()
-        return out
-    return replay
+    def __init__(self, prefill: Packed, lengths: list[int], samples: int, room: int):
+        device = prefill.positions.device
+        self.width, self.room, self.used = max(lengths), room, 0  # P, R, steps done
+        self.owner = torch.arange(len(lengths), device=device).repeat_interleave(samples)  # [N]
+        self.lengths = torch.tensor(lengths, device=device)[self.owner]  # [N], of the row's prompt
+        self.positions = self.lengths.clone()  # [N], of the row's next token
+        self.layers = []  # (keys, values) [B, G, P + R · K, d] of each layer
+        while prefill.kv:  # Layer by layer, so that only one is ever held twice.
+            pair = prefill.kv.pop(0)
+            self.layers.append(tuple(F.pad(x, (0, 0, 0, room * samples)) for x in pair))
+        self.place_rows()
+
+    def place_rows(self) -> None:
+        """Lays rows out by prompt, [B, K], and works out what each may see of the cache."""
+        # Prompts with fewer rows than others are padded, like shorter sequences.
+        self.padding = Padding(self.owner.bincount().tolist(), self.owner.device)
+        samples = torch.arange(self.padding.index.shape[1], device=self.owner.device)  # [K]
+        self.next_places = self.width + self.used * len(samples) + samples  # [K]
+        positions = positions_of_keys(self.lengths, self.width, self.room)  # [N, P + R]
+        mine = samples == self.padding.places[:, None, None] % len(samples)  # [N, 1, K]
+        own = torch.where(mine, positions[:, self.width:, None], NEVER)  # [N, R, K]
+        self.key_positions = torch.cat([positions[:, :self.width], own.flatten(1)], dim=1)
+
+    @property
+    def horizon(self) -> int:
+        """How many steps of its own a row looks at: a multiple of STEPS, so that shapes last."""
+        return min(self.room, (self.used // STEPS + 1) * STEPS)
+
+    def mask(self, window: int | None, share: int, dtype: torch.dtype) -> Tensor:
+        """[B, H/G · K, P + horizon · K]"""
+        keys = self.key_positions[:, :self.width + self.horizon * len(self.next_places)]
+        mask = causal_mask(self.positions[:, None], keys, window, dtype)  # [N, 1, S]
+        return mask[self.padding.index, 0].repeat(1, share, 1)
+
+    def __call__(self, layer: int, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (gather(x, self.padding.index) for x in (q, k, v))  # [B, H or G, K, d]
+        keys, values = self.layers[layer]
+        keys.index_copy_(2, self.next_places, k)
+        values.index_copy_(2, self.next_places, v)
+        seen = mask.shape[-1]
+        return self.padding.unpad(attention(q, keys[:, :, :seen], values[:, :, :seen], mask))
+
+    def advance(self) -> None:
+        """Goes on to the next token, in place, because a CUDA graph reads these very tensors."""
+        self.used += 1
+        self.next_places += len(self.next_places)
+        self.positions += 1
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drops every row but `rows` [N'], and every prompt that is left without one."""
+        places, samples = self.padding.places[rows], self.padding.index.shape[1]
+        prompts, self.owner = self.owner[rows].unique(return_inverse=True)  # [B'], [N']
+        self.lengths, self.positions = self.lengths[rows], self.positions[rows]
+        self.place_rows()
+        places = places[self.padding.index]  # [B', K']
+        for layer, pair in enumerate(self.layers):  # Again only one is held twice.
+            self.layers[layer] = tuple(compacted(x, self.width, samples, prompts, places)
+                                       for x in pair)
 
 
-# ----------------------------------------------------------------------------- the sampler
+def compacted(cached: Tensor, width: int, samples: int, prompts: Tensor, places: Tensor) -> Tensor:
+    """[B', G, P + R · K', d] of the rows that stay, from a layer's keys or values, `cached`
+    [B, G, P + R · K, d].
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """Draws a token per row of logits [N, V]: temperature, then the k likeliest, then the nucleus of mass p. [N]"""
+    width: P; samples: K; prompts: those that stay, [B']; places: b · K + k of each row, [B', K'].
+    """
+    own = cached[:, :, width:].unflatten(2, (-1, samples))  # [B, G, R, K, d]
+    own = own[places // samples, :, :, places % samples]  # [B', K', G, R, d]
+    own = own.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B', G, R · K', d]
+    return torch.cat([cached[prompts, :, :width], own], dim=2)
+
+
+class Decoder:
+    """Runs decoding steps. On a GPU it replays CUDA graphs, because the kernels of a step are so
+    short that launching each costs more than running it."""
+
+    def __init__(self, model: Transformer, cache: KVCache):
+        self.model, self.cache = model, cache
+        self.graph, self.shape = None, None
+        self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Appends tokens [N] to the rows; returns the logits [N, V] of their successors."""
+        shape = len(tokens), self.cache.horizon
+        if self.stream is not None and shape != self.shape:
+            self.graph, self.shape = None, shape  # The old graph frees its memory.
+            try:
+                self.graph = RecordedStep(self.forward, tokens, self.stream)
+            except RuntimeError as error:
+                warnings.warn(f"no CUDA graph for the sampler ({str(error).splitlines()[0]}): "
+                              "it decodes kernel by kernel")
+        logits = self.forward(tokens) if self.graph is None else self.graph(tokens)
+        self.cache.advance()
+        return logits
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model.logits(self.model.hidden(tokens, self.cache.positions, self.cache))
+
+
+class RecordedStep:
+    """A CUDA graph of the kernels that function(tokens) launches; a call replays them all at once.
+
+    They use the same memory every time, so whatever changes between calls must change in place.
+    Recording calls the function twice, on the side stream `stream`, and raises RuntimeError if a
+    graph cannot hold what it does.
+    """
+
+    def __init__(self, function: Callable, tokens: Tensor, stream: torch.cuda.Stream):
+        self.graph, self.tokens = torch.cuda.CUDAGraph(), tokens.clone()
+        caller = torch.cuda.current_stream(tokens.device)
+        stream.wait_stream(caller)
+        # After a capture that fails it is this outer context that makes `caller` current again.
+        with torch.cuda.device(tokens.device), torch.cuda.stream(stream):
+            function(self.tokens)  # Libraries set themselves up in their first call.
+            caller.wait_stream(stream)
+            with torch.cuda.graph(self.graph, stream=stream):
+                self.logits = function(self.tokens)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits
+
+
+# ----------------------------------------------------------------------------------- the sampler
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
+           generator: torch.Generator | None) -> Tensor:
+    """Draws a token per row of logits [N, V], int64 [N]: temperature, then the k likeliest, then
+    the nucleus of mass p. The token is -1 where a logit is NaN or infinity."""
     if temperature == 0:
-        return logits.argmax(-1)
+        token = logits.argmax(-1, keepdim=True)  # It is that of a NaN where there is one.
+        return torch.where(logits.gather(-1, token).isfinite(), token, -1)[:, 0]
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the likelier tokens
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of likelier tokens
         logits = logits.scatter(-1, order, ordered.masked_fill(before >= top_p, -torch.inf))
-    # by inverting the distribution function: one random number a row, where torch.multinomial draws one for each of V
+    # Inverting the distribution function takes one random number a row, torch.multinomial V.
     mass = logits.softmax(-1).double().cumsum(-1)
-    drawn = torch.rand(len(mass), 1, dtype=torch.double, device=mass.device, generator=generator) * mass[:, -1:]
-    return torch.searchsorted(mass, drawn, right=True)[:, 0]  # the first token with more mass up to it; never one of mass zero
+    uniform = torch.rand(len(mass), 1, dtype=torch.double, device=mass.device, generator=generator)
+    # The token is the first with more mass up to it than drawn, so never one of mass zero.
+    token = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)
+    return torch.where(mass[:, -1:].isfinite(), token, -1)[:, 0]
+
+
+def check_request(vocabulary: int, prompts: list[list[int]], max_new_tokens: int,
+                  temperature: float, top_k: int, top_p: float,
+                  eos_ids: list[int] | tuple[int, ...], num_samples: int) -> None:
+    """Raises ModelError for arguments of `generate` that make no sense."""
+    if not prompts or not all(prompts):
+        raise ModelError("generate: every prompt needs at least one token")
+    if (max_new_tokens < 1 or num_samples < 1 or not temperature >= 0 or top_k < 0
+            or not 0 < top_p <= 1):
+        raise ModelError(f"generate: out of range: max_new_tokens={max_new_tokens}, "
+                         f"num_samples={num_samples}, temperature={temperature}, "
+                         f"top_k={top_k}, top_p={top_p}")
+    named = [(f"prompt {i}", ids) for i, ids in enumerate(prompts)] + [("eos_ids", eos_ids)]
+    for name, ids in named:
+        for token in ids:
+            if not 0 <= token < vocabulary:
+                raise ModelError(f"generate: {name} holds token id {token}, which is outside the "
+                                 f"vocabulary of {vocabulary}")
+
+
+def prefill(model: Transformer, prompts: list[list[int]], samples: int,
+            room: int) -> tuple[Tensor, KVCache]:
+    """Reads each prompt once: the logits [N, V] of its samples' first tokens, and the cache."""
+    lengths = [len(prompt) for prompt in prompts]
+    packed = Packed(lengths, model.device, keep_kv=True)
+    hidden = model.hidden(end_to_end(prompts, model.device), packed.positions, packed)
+    last = torch.tensor(lengths, device=model.device).cumsum(0) - 1
+    logits = model.logits(hidden[last]).repeat_interleave(samples, dim=0)
+    return logits, KVCache(packed, lengths, samples, room)
 
 
 @torch.inference_mode()
-def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
-             top_p: float = 1.0, eos_ids: list[int] | tuple[int, ...] = (), num_samples: int = 1,
+def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
+             temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+             eos_ids: list[int] | tuple[int, ...] = (), num_samples: int = 1,
              generator: torch.Generator | None = None) -> list[list[int]]:
-    """Samples completions of token-id prompts of any lengths; each prompt is computed once, whatever num_samples.
+    """Samples completions of prompts of any lengths; each prompt is computed once.
 
-    temperature: 0 is greedy; top_k: 0 is off; top_p: 1 is off; eos_ids: tokens that end a completion;
-    generator: on the model's device, None uses torch's global one.
-    Returns len(prompts) * num_samples lists of ids, the samples of a prompt together, without the prompt,
-    with the end token where one was sampled (a list without one was cut off at max_new_tokens).
-    Raises ModelError for arguments that make no sense.
+    temperature: 0 is greedy; top_k: 0 is off; top_p: 1 is off; eos_ids: tokens that end a
+    completion; generator: on the model's device, None uses torch's global one.
+    Returns len(prompts) * num_samples lists of ids, the samples of a prompt together, without the
+    prompt, with the end token where one was sampled (others were cut off at max_new_tokens).
+    Raises ModelError for arguments that make no sense, and for logits that are not finite.
     """
-    if not prompts or not all(prompts):
-        raise ModelError("generate: every prompt needs at least one token")
-    if max_new_tokens < 1 or num_samples < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ModelError(f"generate: out of range: max_new_tokens={max_new_tokens}, num_samples={num_samples}, "
-                         f"temperature={temperature}, top_k={top_k}, top_p={top_p}")
-    lengths = [len(prompt) for prompt in prompts]
-    prefill = Packed(lengths, model.device, keep=True)
-    flat = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
-    hidden = model.hidden(flat, prefill.positions, prefill)
-    last = torch.tensor(lengths, device=model.device).cumsum(0) - 1
-    logits = model.logits(hidden[last]).repeat_interleave(num_samples, dim=0)  # [N, V]
-    cache = Decode(prefill, lengths, num_samples, max_new_tokens)
-
+    check_request(model.config.vocab_size, prompts, max_new_tokens, temperature, top_k, top_p,
+                  eos_ids, num_samples)
+    logits, cache = prefill(model, prompts, num_samples, max_new_tokens)
+    decoder = Decoder(model, cache)
     out = torch.zeros(len(logits), max_new_tokens, dtype=torch.long, device=model.device)
-    count = torch.full((len(logits),), max_new_tokens, device=model.device)
+    count = torch.zeros(len(logits), dtype=torch.long, device=model.device)
     ends = torch.tensor(list(eos_ids), dtype=torch.long, device=model.device)
-    rows = torch.arange(len(logits), device=model.device)  # the completions that the cache still holds
+    rows = torch.arange(len(logits), device=model.device)  # completions that the cache still holds
     running = torch.ones(len(logits), dtype=torch.bool, device=model.device)
     for step in range(max_new_tokens):
         tokens = sample(logits, temperature, top_k, top_p, generator)
+        broken = tokens < 0
         out[rows, step] = tokens
-        ended = torch.isin(tokens, ends) & running
-        count[rows[ended]] = step + 1
-        running &= ~ended
-        alive = int(running.sum())
+        count[rows] += running
+        running &= ~torch.isin(tokens, ends)
+        # One transfer for both: each makes the CPU wait for the device.
+        alive, failed = torch.stack([running.sum(), broken.sum()]).tolist()
+        if failed:
+            prompt = int(rows[broken][0]) // num_samples
+            raise ModelError(f"generate: the logits of prompt {prompt} are not finite; "
+                             "the weights hold NaN or infinity, or the dtype overflows")
         if alive == 0 or step + 1 == max_new_tokens:
             break
-        if alive <= 0.75 * len(rows):  # finished rows stop costing; a copy for every single one would cost more
+        if alive <= 0.75 * len(rows):  # Dropping rows copies the cache, so not for every one.
             kept = running.nonzero()[:, 0]
             rows, tokens, running = rows[kept], tokens[kept], running[kept]
-            cache.keep(kept)
-        logits = cache.advance(model, tokens)
+            cache.keep_rows(kept)
+        logits = decoder.step(tokens)
     return [ids[:n] for ids, n in zip(out.tolist(), count.tolist())]

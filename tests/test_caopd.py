@@ -1,30 +1,44 @@
-"""Metrics against brute force, target replacement against Eq. 7, the loss against the plain way, runs against crashes."""
+"""caopd.py against independent oracles: metrics against brute force, target replacement and the
+loss against Eq. 7, estimators against enumeration, and runs against crashes and bad requests."""
 
 import copy
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import operator
 import re
 import shutil
+import string
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 import caopd
 import data
 import model
-from caopd import Args, Group, Optimizer, Target, UsageError, calibration, distillation_backward, divergence, ema_update, exact_weights, parse_args
+from caopd import (METHODS, AdamW, Args, Group, Rollout, Sampling, Stage, Target, UsageError,
+                   accumulate_gradient, calibration, ema_update, make_targets, parse_args)
 from model import Config, Transformer
 
-TINY = ["--width", "16", "--layers", "1", "--sft-steps", "6", "--sft-documents", "8", "--steps", "4", "--prompts", "4", "--rollouts", "3", "--eval-questions", "24"]
+TINY = ["--width", "16", "--layers", "1", "--sft-steps", "6", "--sft-documents", "8",
+        "--steps", "4", "--prompts", "4", "--rollouts", "3", "--eval-questions", "24",
+        "--oracle", "0", "--paper-samples", "0"]
+FIGURES = ("accuracy", "mean_confidence", "ocg", "ece", "brier", "spr", "format")
+CALIBRATION = ("mean_confidence", "ocg", "ece", "brier", "spr")
+CPU = torch.device("cpu")
+END = 1  # the end token of the embedded world
 
 
 # ----------------------------------------------------------------------------- metrics
+
 
 def brute_force(c: list[float], r: list[int], bins: int = 10) -> dict:
     """Each metric as its definition reads, pair by pair and bin by bin."""
@@ -32,10 +46,14 @@ def brute_force(c: list[float], r: list[int], bins: int = 10) -> dict:
     pairs = [(a, b) for a, x in zip(c, r) if x for b, y in zip(c, r) if not y]
     ece = 0.0
     for i in range(bins):
-        members = [j for j in range(n) if i <= round(c[j] * bins, 6) < i + 1 or (i == bins - 1 and c[j] == 1)]
+        members = [j for j in range(n) if i <= round(c[j] * bins, 6) < i + 1
+                   or (i == bins - 1 and c[j] == 1)]
         if members:
-            ece += len(members) / n * abs(sum(c[j] for j in members) / len(members) - sum(r[j] for j in members) / len(members))
-    return dict(accuracy=sum(r) / n, mean_confidence=sum(c) / n, ocg=(sum(c) - sum(r)) / n, ece=ece, brier=sum((a - b) ** 2 for a, b in zip(c, r)) / n,
+            said = sum(c[j] for j in members) / len(members)
+            right = sum(r[j] for j in members) / len(members)
+            ece += len(members) / n * abs(said - right)
+    return dict(accuracy=sum(r) / n, mean_confidence=sum(c) / n, ocg=(sum(c) - sum(r)) / n, ece=ece,
+                brier=sum((a - b) ** 2 for a, b in zip(c, r)) / n,
                 spr=sum(a > b for a, b in pairs) / len(pairs) if pairs else math.nan, format=1.0)
 
 
@@ -43,18 +61,20 @@ def brute_force(c: list[float], r: list[int], bins: int = 10) -> dict:
 def test_calibration_against_brute_force(seed):
     rng = np.random.default_rng(seed)
     n = int(rng.integers(1, 80))
-    c = rng.integers(0, 101, n) / 100 if seed % 2 else rng.random(n)  # with and without ties and bin edges
+    c = rng.integers(0, 101, n) / 100 if seed % 2 else rng.random(n)  # with ties and bin edges
     r = (rng.random(n) < c).astype(int)
     assert calibration(c, r) == pytest.approx(brute_force(c.tolist(), r.tolist()), nan_ok=True)
 
 
 def test_calibration_by_hand():
     always = calibration([1.0] * 4, [1, 0, 0, 0])
-    assert (always["spr"], always["ece"], always["brier"], always["ocg"]) == (0, 0.75, 0.75, 0.75)
+    assert [always[key] for key in ("spr", "ece", "brier", "ocg")] == [0, 0.75, 0.75, 0.75]
     perfect = calibration([0.0, 1.0, 1.0, 0.0], [False, True, True, False])
-    assert (perfect["spr"], perfect["ece"], perfect["brier"], perfect["ocg"]) == (1, 0, 0, 0)
-    hand = calibration([0.9, 0.8, 0.8, 0.3], [1, 1, 0, 0])  # bins .9: |1-.9|, .8: |.5-.8|·2, .3: |0-.3|
-    assert hand["ece"] == pytest.approx((0.1 + 0.6 + 0.3) / 4) and hand["spr"] == 3 / 4 and hand["brier"] == pytest.approx((0.01 + 0.04 + 0.64 + 0.09) / 4)
+    assert [perfect[key] for key in ("spr", "ece", "brier", "ocg")] == [1, 0, 0, 0]
+    hand = calibration([0.9, 0.8, 0.8, 0.3], [1, 1, 0, 0])  # |1 - .9|, 2 times |.5 - .8|, |0 - .3|
+    assert hand["ece"] == pytest.approx((0.1 + 0.6 + 0.3) / 4)
+    assert hand["brier"] == pytest.approx((0.01 + 0.04 + 0.64 + 0.09) / 4)
+    assert hand["spr"] == 3 / 4
 
 
 def test_unparsable_confidences_count_in_accuracy_and_format_alone():
@@ -62,239 +82,837 @@ def test_unparsable_confidences_count_in_accuracy_and_format_alone():
     figures = calibration(c, r)
     assert (figures["accuracy"], figures["format"]) == (0.5, 0.5)
     seen = calibration([0.9, 0.2], [1, 0])
-    assert all(figures[key] == seen[key] for key in ("mean_confidence", "ocg", "ece", "brier", "spr"))
+    assert all(figures[key] == seen[key] for key in CALIBRATION)
     nothing = calibration([math.nan], [1])
-    assert nothing["accuracy"] == 1 and all(math.isnan(nothing[key]) for key in ("mean_confidence", "ocg", "ece", "brier", "spr"))
+    assert nothing["accuracy"] == 1 and all(math.isnan(nothing[key]) for key in CALIBRATION)
     assert math.isnan(calibration([0.5, 0.6], [1, 1])["spr"])
 
 
-@pytest.mark.parametrize("c, r", [([], []), ([0.5], [1, 0]), ([1.5], [1]), ([-0.1], [1]), ([0.5], [2]), ([[0.5]], [[1]])])
+@pytest.mark.parametrize("c, r", [
+    ([], []), ([0.5], [1, 0]), ([1.5], [1]), ([-0.1], [1]), ([0.5], [2]), ([[0.5]], [[1]])])
 def test_calibration_refuses_nonsense(c, r):
     with pytest.raises(ValueError, match="calibration"):
         calibration(c, r)
 
 
-# ----------------------------------------------------------------------------- a small world to distil in
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
+def test_the_standard_error_of_accuracy_is_the_binomials(p):
+    n = 500
+    correct = np.arange(n)[:, None] < p * n
+    stderr = caopd.bootstrap(np.random.default_rng(1).random((n, 1)), correct)
+    assert stderr["accuracy"] == pytest.approx((p * (1 - p) / n) ** 0.5, rel=0.15)
+
+
+def test_the_standard_error_is_over_questions_and_not_over_answers():
+    """Eight equal answers to a question say no more than one of them does."""
+    rng = np.random.default_rng(2)
+    confidence, correct = rng.random((200, 1)), rng.random((200, 1)) < 0.4
+    once = caopd.bootstrap(confidence, correct)
+    often = caopd.bootstrap(confidence.repeat(8, axis=1), correct.repeat(8, axis=1))
+    assert often == pytest.approx(once)
+    independent = caopd.bootstrap(rng.random((200, 8)), rng.random((200, 8)) < 0.4)
+    assert independent["accuracy"] < 0.6 * once["accuracy"]
+
+
+@pytest.mark.parametrize("samples", [2, 4, 16])
+def test_the_oracles_floor_is_unbiased(samples):
+    """The mean over many draws of mu_hat is E[mu (1 - mu)], and without the correction it is not.
+    """
+    rng = np.random.default_rng(samples)
+    mu = np.linspace(0, 1, 21)
+    draws = rng.binomial(samples, mu, (4000, len(mu))) / samples
+    floors = np.array([caopd.oracle(drawn, np.arange(len(mu)) % 2, samples)["brier"]
+                       for drawn in draws])
+    error = floors.std() / len(floors) ** 0.5
+    truth = (mu * (1 - mu)).mean()
+    assert abs(floors.mean() - truth) < 4 * error
+    assert abs((draws * (1 - draws)).mean() - truth) > 4 * error
+
+
+def test_the_oracle_scores_mu_hat_itself_in_all_else():
+    mu, correct = np.array([0.0, 0.25, 0.5, 1.0]), np.array([0, 1, 0, 1])
+    best, plain = caopd.oracle(mu, correct, 4), brute_force(mu.tolist(), correct.tolist())
+    assert best["brier"] == pytest.approx((0.25 * 0.75 + 0.5 * 0.5) / 4 * 4 / 3)
+    assert {key: best[key] for key in FIGURES if key != "brier"} == pytest.approx(
+        {key: plain[key] for key in FIGURES if key != "brier"})
+
+
+def test_a_gap_of_nothing_can_be_printed():
+    """OPD may reach the floor exactly: nothing is ever right, and all of it is stated as 0.00."""
+    figures = dict.fromkeys(("ece", "brier", "spr"), 0.0)
+    row = {"brier": 0.0, "oracle": figures,
+           "readouts": dict.fromkeys(("stated", "greedy", "expected"), figures)}
+    assert "OPD" in caopd.readout_table({"opd": row})
+
+
+# ----------------------------------------------------------------------------- models and worlds
+
+
+def noisy(config: Config, seed: int, noise: float = 0.3) -> Transformer:
+    """A random network, whose completions are noise with some of the format in it."""
+    torch.manual_seed(seed)
+    network = Transformer(config)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.add_(torch.randn_like(weight) * noise)
+    return network
+
 
 @pytest.fixture(scope="module")
 def world():
-    """(args, tokenizer, task, student, teacher): random networks, whose rollouts are noise with some format in it."""
+    """(args, tokenizer, task, student, teacher) of the embedded world, with random networks."""
     args = dataclasses.replace(parse_args(TINY), dtype="float32")
     tokenizer = data.toy_tokenizer()
-    config = caopd.toy_config(args, tokenizer)
-    models = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        model = Transformer(config)
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.add_(torch.randn_like(weight) * 0.3)
-        models.append(model)
-    return args, tokenizer, data.arithmetic_task(0, 24, words=False), *models
+    config = caopd.toy_model(args, tokenizer)
+    task = data.arithmetic_task(0, 24, words=False)
+    return args, tokenizer, task, noisy(config, 0), noisy(config, 1)
+
+
+@pytest.fixture(scope="module")
+def real_model(tmp_path_factory) -> Path:
+    """A Hugging Face directory as a user would pass it: random weights, a character tokenizer."""
+    directory = tmp_path_factory.mktemp("model")
+    vocabulary = ["<eos>", "<user>", "<assistant>", *string.printable]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+        {token: i for i, token in enumerate(vocabulary)}, unk_token="<eos>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    backend.add_special_tokens(vocabulary[:3])
+    template = "{% for m in messages %}<user>{{ m.content }}{% endfor %}<assistant>"
+    config = {"eos_token": "<eos>", "chat_template": template}
+    data.Tokenizer(backend, config, {}).save_pretrained(directory)
+    torch.manual_seed(0)
+    Transformer(Config("qwen2", len(vocabulary), 16, 24, 1, 4, 2, 4,
+                       max_position_embeddings=1024)).save_pretrained(directory)
+    return directory
+
+
+SMALL = ["--width", "48", "--layers", "2", "--sft-steps", "250", "--sft-documents", "48",
+         "--sft-lr", "1e-2", "--sft-noise", "0.1", "--sft-answers", "0.2", "--steps", "3",
+         "--prompts", "8", "--rollouts", "4", "--eval-questions", "100", "--eval-samples", "2",
+         "--oracle", "2", "--paper-samples", "3", "--method", ",".join(METHODS)]
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory) -> Path:
+    """The directory of one run with all methods.
+
+    Its base knows some sums of two digits, and follows demonstrations well enough to teach.
+    """
+    out = tmp_path_factory.mktemp("small")
+    sums = functools.partial(data.arithmetic_task, grades=("1+1",), eval_grades=("1+1",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "arithmetic_task", sums)
+        assert caopd.main([*SMALL, "--out", str(out)]) == 0
+    return out
+
+
+def hand_made(tokenizer, question: str, answer: str, *texts: str, task: str = "arithmetic",
+              end: int = END) -> Group:
+    """A group of rollouts with these texts. One that ends in ~ was truncated there."""
+    example = data.Example(task, question, answer, demo=answer)
+    rollouts = []
+    for text in texts:
+        truncated, text = text.endswith("~"), text.removesuffix("~")
+        ids = tokenizer.encode(text) + ([] if truncated else [end])
+        correct = not truncated and data.verify(example, text)
+        confidence = None if truncated else data.parse_confidence(text)
+        rollouts.append(Rollout(ids, text, truncated, correct, confidence))
+    return Group(example, tokenizer.chat([{"role": "user", "content": question}]), rollouts)
 
 
 def some_groups(tokenizer) -> list[Group]:
-    """Hand-made rollouts: right, wrong, without a segment, with text after it, and one that was cut off."""
-    def group(question, answer, *texts):
-        example = data.Example("arithmetic", question, answer, demo=answer)
-        ids = [tokenizer.encode(text.removesuffix("~")) + ([] if text.endswith("~") else [1]) for text in texts]
-        correct = [not text.endswith("~") and data.verify(example, text) for text in texts]
-        return Group(example, tokenizer.chat([{"role": "user", "content": question}]), ids, correct)
-    return [group("12+34=", "64", "64\nConfidence: 0.90", "54\nConfidence: 1.00", "64", "64\nConfidence: 0.~"),
-            group("7*8=", "65", "65\nConfidence: 0.50\n1", "\nConfidence: 0.50", "65\nConfidence: 0.25", "1111~")]
+    """Rollouts that are right, wrong, without a segment, with text after it, and truncated."""
+    return [hand_made(tokenizer, "12+34=", "64", "64\nConfidence: 0.90", "54\nConfidence: 1.00",
+                      "64", "64\nConfidence: 0.~"),
+            hand_made(tokenizer, "7*8=", "65", "65\nConfidence: 0.50\n1", "\nConfidence: 0.50",
+                      "65\nConfidence: 0.25", "1111~")]
 
 
-def test_empirical_confidence_counts_cut_off_rollouts_as_wrong(world):
-    groups = some_groups(world[1])
-    assert [g.correct for g in groups] == [[True, False, True, False], [True, False, True, False]]
-    assert [g.mu_hat for g in groups] == [0.5, 0.5]
+def outcome(*correct: bool) -> Group:
+    """A group of which nothing matters but which rollouts are correct."""
+    example = data.Example("arithmetic", "1+1=", "2")
+    return Group(example, [2], [Rollout([END], "", False, bool(r), None) for r in correct])
+
+
+def targets_of(groups: list[Group], tokenizer, task, confidence: Callable | None,
+               context: str | None = "demo") -> list[Target]:
+    """The targets of a method without a reward."""
+    return [target for group in groups for target in make_targets(
+        group, confidence and confidence(group), [0.0] * len(group.rollouts), tokenizer,
+        task.wording, context)]
+
+
+# ----------------------------------------------------------------------------- step 1: rollout
 
 
 def test_rollout_keeps_the_rollouts_of_a_prompt_together_and_verifies_them(world):
     args, tokenizer, task, student, _ = world
     examples = task.draw(5, "distill", 0)
-    whole = caopd.rollout(student, tokenizer, task, examples, 3, args, torch.Generator().manual_seed(0))
-    assert [g.example for g in whole] == examples and all(len(g.completions) == 3 for g in whole)
-    for g in whole:
-        assert g.prompt == tokenizer.chat([{"role": "user", "content": g.example.question}])
-        assert g.correct == [y[-1] == 1 and data.verify(g.example, tokenizer.decode(y)) for y in g.completions]
+    groups = caopd.rollout(student, tokenizer, examples, task.wording, 3,
+                           caopd.rollout_sampling(args), torch.Generator().manual_seed(0))
+    assert [group.example for group in groups] == examples
+    for group in groups:
+        assert len(group.rollouts) == 3
+        assert group.prompt == tokenizer.chat([{"role": "user", "content": group.example.question}])
+        for rollout in group.rollouts:
+            assert rollout.text == tokenizer.decode(rollout.ids)
+            assert rollout.truncated == (rollout.ids[-1] != END)
+            assert rollout.correct == (rollout.ids[-1] == END
+                                       and data.verify(group.example, rollout.text))
+    assert len({rollout.truncated for group in groups for rollout in group.rollouts}) == 2
 
 
-# ----------------------------------------------------------------------------- target replacement
+def test_a_truncated_completion_is_wrong_whatever_it_says(world, monkeypatch):
+    args, tokenizer, task, student, _ = world
+    example = data.Example("arithmetic", "12+34=", "64", demo="64")
+    right, wrong = (tokenizer.encode(text) for text in ("64\nConfidence: 0.90", "54"))
+    sampled = [right + [END], right, wrong + [END], wrong]
+    monkeypatch.setattr(caopd, "generate", lambda *_, **__: sampled)
+    group, = caopd.rollout(student, tokenizer, [example], task.wording, 4,
+                           caopd.rollout_sampling(args), torch.Generator())
+    assert [rollout.ids for rollout in group.rollouts] == sampled
+    assert [rollout.truncated for rollout in group.rollouts] == [False, True, False, True]
+    assert [rollout.correct for rollout in group.rollouts] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("costs, budget, batches", [
+    ([3, 3, 3], 6, [[0, 1], [2]]), ([9, 1, 1], 4, [[0], [1, 2]]), ([], 4, []),
+    ([1, 9, 1], 4, [[0], [1], [2]])])
+def test_micro_batches(costs, budget, batches):
+    assert caopd.micro_batches(costs, budget) == batches
+
+
+# --------------------------------------------------------------------- step 2: empirical confidence
+
+
+def test_empirical_confidence_counts_truncated_rollouts_as_wrong(world):
+    groups = some_groups(world[1])
+    assert [[rollout.correct for rollout in group.rollouts] for group in groups] == \
+        [[True, False, True, False], [True, False, True, False]]
+    assert [caopd.mu_hat(group) for group in groups] == [[0.5] * 4, [0.5] * 4]
+
+
+def test_leave_one_out_by_hand():
+    assert caopd.leave_one_out(outcome(1, 0, 0, 1)) == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1 / 3])
+    assert caopd.leave_one_out(outcome(1, 0)) == [0, 1]
+    assert caopd.leave_one_out(outcome(1, 1, 1)) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("k", [2, 3, 5, 8])
+@pytest.mark.parametrize("mu", [0.1, 0.5, 0.7])
+def test_mu_hat_tells_a_rollout_its_own_outcome_and_leave_one_out_does_not(k, mu):
+    """Enumeration of all 2^K outcomes: E[target | R=1] - E[target | R=0] is 1/K, and 0."""
+    gaps = {}
+    for estimate in (caopd.mu_hat, caopd.leave_one_out):
+        sums, mass = [0.0, 0.0], [0.0, 0.0]
+        for correct in itertools.product((0, 1), repeat=k):
+            probability = mu ** sum(correct) * (1 - mu) ** (k - sum(correct))
+            stated = estimate(outcome(*correct))
+            assert np.mean(stated) == pytest.approx(sum(correct) / k)
+            for r, value in zip(correct, stated):
+                sums[r] += probability * value
+                mass[r] += probability
+        gaps[estimate] = sums[1] / mass[1] - sums[0] / mass[0]
+    assert gaps[caopd.mu_hat] == pytest.approx(1 / k)
+    assert gaps[caopd.leave_one_out] == pytest.approx(0, abs=1e-12)
+
+
+def test_self_consistency_compares_answers_and_not_texts(world):
+    group = hand_made(world[1], "12+34=", "64", "64\nConfidence: 0.20", "3*2\n64", "54", "+", "64")
+    group.reference = "64\nConfidence: 1.00"
+    assert caopd.self_consistency(group) == [0.6] * 5
+    group.reference = "1+54"  # The reference may be wrong, and agreement with it counts.
+    assert caopd.self_consistency(group) == [0.2] * 5
+    for rollout in group.rollouts:
+        rollout.correct = not rollout.correct
+    assert caopd.self_consistency(group) == [0.2] * 5
+
+
+def test_self_consistency_compares_choices_in_any_form(world):
+    group = hand_made(world[1], "Which?", "A", "<answer>\nB\n</answer>", "The answer is B.", "b",
+                      "<answer>A</answer>\nConfidence: 0.50", "answer B or A?", task="mcq")
+    group.reference = "I think so.\n<answer>B</answer>\nConfidence: 0.90"
+    assert caopd.self_consistency(group) == [0.8] * 5
+
+
+def test_a_truncated_rollout_states_nothing_and_agrees_with_none(world):
+    """Cut off behind "0.", a confidence of 0.95 would read as 0.00."""
+    group = hand_made(world[1], "12+34=", "64", "64\nConfidence: 0.~", "64\nConfidence: 0.50")
+    assert [rollout.confidence for rollout in group.rollouts] == [None, 0.5]
+    assert caopd.calibrated_correctness(group.rollouts[0]) == 0
+    group.reference = "64"
+    assert caopd.self_consistency(group) == [0.5, 0.5] == caopd.mu_hat(group)
+
+
+def test_a_solution_states_the_value_that_the_teacher_is_told(world):
+    """Under leave-one-out too, where each rollout has a value of its own."""
+    _, tokenizer, task, *_ = world
+    group = hand_made(tokenizer, "12+34=", "64", "64\nConfidence: 0.90", "64\nConfidence: 0.80",
+                      "54\nConfidence: 0.70", "54\nConfidence: 0.70")
+    targets = make_targets(group, caopd.leave_one_out(group), [0.0] * 4, tokenizer, task.wording,
+                           "solution")
+    for target in targets:
+        assert tokenizer.decode(target.teacher_prompt).endswith("64\nConfidence: 0.50")
+
+
+@pytest.mark.parametrize("name", ["sampled", "vopd", "caopd-vopd", "grpo", "rlcr"])
+def test_estimators_from_samples_need_temperature_one(name):
+    with pytest.raises(UsageError, match="--temperature 0.7"):
+        parse_args(["--method", name, "--temperature", "0.7"])
+    parse_args(["--method", "opd,caopd,caopd-direct", "--temperature", "0.7"])
+
+
+def test_bootstrap_passes_over_resamples_without_a_figure():
+    """SPR does not exist in a resample without the one wrong answer."""
+    confidence, correct = np.full((6, 1), 0.5), np.array([[1.0]] * 5 + [[0.0]])
+    assert caopd.bootstrap(confidence, correct)["spr"] == 0
+
+
+def test_a_reference_without_an_answer_agrees_with_none(world):
+    group = hand_made(world[1], "12+34=", "64", "", "+", "64", "\nConfidence: 0.64")
+    for reference in ("", "+", "\nConfidence: 0.64"):
+        group.reference = reference
+        assert caopd.self_consistency(group) == [0.0] * 4
+
+
+def test_references_are_the_teachers_own_answers(world, monkeypatch):
+    """The teacher is asked once a prompt, with its context (x, z)."""
+    args, tokenizer, task, student, teacher = world
+    groups, asked = some_groups(tokenizer), []
+
+    def generate(network, prompts, *_, num_samples, **__):
+        asked.append((network, prompts, num_samples))
+        return [tokenizer.encode(f"{i}1") + [END] for i in range(len(prompts))]
+    monkeypatch.setattr(caopd, "generate", generate)
+    caopd.add_references(groups, teacher, tokenizer, task.wording, caopd.rollout_sampling(args),
+                         torch.Generator())
+    (network, prompts, samples), = asked
+    assert network is teacher and samples == 1
+    assert [tokenizer.decode(prompt) for prompt in prompts] == \
+        ["12+34=\n64\nConfidence: 1.00", "7*8=\n65\nConfidence: 1.00"]
+    assert [group.reference for group in groups] == ["01", "11"]
+
+
+# ----------------------------------------------------------------------- step 3: target replacement
+
 
 def test_replacement_touches_nothing_but_the_confidence(world):
-    args, tokenizer, task, *_ = world
+    _, tokenizer, task, *_ = world
     for group in some_groups(tokenizer):
-        group.correct = [True, False, False, False]  # mu_hat 0.25
-        opd, ours = caopd.opd_target(group, tokenizer, task, args), caopd.caopd_target(group, tokenizer, task, args)
-        assert opd.completions == group.completions and ours.prompt == opd.prompt == group.prompt
+        for rollout, correct in zip(group.rollouts, (True, False, False, False)):
+            rollout.correct = correct  # mu_hat is 0.25
+        (opd,), (ours,) = (targets_of([group], tokenizer, task, f) for f in (None, caopd.mu_hat))
+        assert opd.completions == [rollout.ids for rollout in group.rollouts]
+        assert ours.prompt == opd.prompt == group.prompt
         assert ours.answer_lengths == opd.answer_lengths
-        for sampled, replaced, n, cut_off in zip(opd.completions, ours.completions, ours.answer_lengths, ours.cut_off):
+        assert ours.truncated == [rollout.truncated for rollout in group.rollouts]
+        for sampled, replaced, n, truncated in zip(opd.completions, ours.completions,
+                                                   ours.answer_lengths, ours.truncated):
             assert replaced[:n] == sampled[:n]
-            if cut_off:
-                assert replaced == sampled and sampled[-1] != 1
+            if truncated:
+                assert replaced == sampled and sampled[-1] != END
             else:
-                assert data.parse_confidence(tokenizer.decode(replaced)) == 0.25 and replaced[-1] == 1
-        said = [data.parse_confidence(tokenizer.backend.decode(t.teacher_prompt, skip_special_tokens=True)) for t in (opd, ours)]
+                assert data.parse_confidence(tokenizer.decode(replaced)) == 0.25
+                assert replaced[-1] == END
+        said = [data.parse_confidence(tokenizer.decode(t.teacher_prompt)) for t in (opd, ours)]
         assert said == [1.0, 0.25]  # z and z̃
         assert len(opd.teacher_prompt) == len(ours.teacher_prompt)
 
 
-def test_solution_context_is_a_correct_rollout_or_none(world):
-    args, tokenizer, task, *_ = world
-    args = dataclasses.replace(args, context="solution")
+def test_the_teacher_is_told_in_words_what_to_state(real_model):
+    tokenizer = data.Tokenizer.from_pretrained(real_model)
+    group = hand_made(tokenizer, "12+34?", "46", "46\nConfidence: 0.9", "45", "46", "1", end=0)
+    wording = data.WORDS
+    opd, ours = (make_targets(group, confidences, [0.0] * 4, tokenizer, wording, "demo")[0]
+                 for confidences in (None, caopd.mu_hat(group)))
+    report = wording.report.format(confidence="0.50")
+    assert report not in tokenizer.decode(opd.teacher_prompt)
+    assert report in tokenizer.decode(ours.teacher_prompt)
+    assert "46\nConfidence: 1.00" in tokenizer.decode(opd.teacher_prompt)
+    assert "46\nConfidence: 0.50" in tokenizer.decode(ours.teacher_prompt)
+
+
+def test_each_rollout_states_its_own_leave_one_out_estimate(world):
+    _, tokenizer, task, *_ = world
+    group = hand_made(tokenizer, "7*8=", "65", "65", "6\nConfidence: 0.50", "7", "65", "1~")
+    (target,) = targets_of([group], tokenizer, task, caopd.leave_one_out)
+    stated = [data.parse_confidence(tokenizer.decode(ids)) for ids in target.completions]
+    assert stated == [0.25, 0.5, 0.5, 0.25, None]
+    assert data.parse_confidence(tokenizer.decode(target.teacher_prompt)) == 0.4  # mu_hat
+
+
+def test_a_method_without_a_teacher_has_no_context(world):
+    _, tokenizer, task, *_ = world
     group = some_groups(tokenizer)[0]
-    opd, ours = (tokenizer.decode(f(group, tokenizer, task, args).teacher_prompt) for f in (caopd.opd_target, caopd.caopd_target))
-    assert opd == "12+34=\n64\nConfidence: 0.90" and ours == "12+34=\n64\nConfidence: 0.50"
-    group.correct = [False] * 4
-    assert caopd.opd_target(group, tokenizer, task, args) is None and caopd.caopd_target(group, tokenizer, task, args) is None
+    advantages = [0.5, -1.0, 2.0, 0.0]
+    target, = make_targets(group, None, advantages, tokenizer, task.wording, None)
+    assert target.teacher_prompt == [] and target.advantages == advantages
+    assert target.completions == [rollout.ids for rollout in group.rollouts]
 
 
-def gradient(model: Transformer, backward) -> torch.Tensor:
-    """What backward() leaves in the model's gradients, flat."""
-    model.zero_grad()
+def test_solution_context_is_a_correct_rollout_or_none(world):
+    _, tokenizer, task, *_ = world
+    group = some_groups(tokenizer)[0]
+    for confidence, first, second in ((None, "64\nConfidence: 0.90", "64"),
+                                      (caopd.mu_hat, *["64\nConfidence: 0.50"] * 2)):
+        shown = targets_of([group], tokenizer, task, confidence, "solution")
+        assert [tokenizer.decode(target.teacher_prompt) for target in shown] == \
+            ["12+34=\n" + first, "12+34=\n" + second]
+    for rollout in group.rollouts:
+        rollout.correct = False
+    for confidence in (None, caopd.mu_hat):
+        assert targets_of([group], tokenizer, task, confidence, "solution") == []
+
+
+@pytest.mark.parametrize("correct", list(itertools.product((False, True), repeat=4)))
+def test_no_rollout_is_shown_its_own_solution(world, correct):
+    """Every rollout has another correct one in its teacher's context, or it is left out."""
+    _, tokenizer, task, *_ = world
+    group = hand_made(tokenizer, "7*8=", "65", "1", "2", "3", "4")
+    for rollout, right in zip(group.rollouts, correct):
+        rollout.correct = right
+    targets = make_targets(group, None, [10.0, 20.0, 30.0, 40.0], tokenizer, task.wording,
+                           "solution")
+    scored = []
+    for target in targets:
+        shown = tokenizer.decode(target.teacher_prompt).removeprefix("7*8=\n")
+        assert correct[int(shown) - 1]
+        texts = [tokenizer.decode(ids) for ids in target.completions]
+        assert shown not in texts
+        assert target.advantages == [10.0 * int(text) for text in texts]
+        assert target.answer_lengths == [1] * len(texts) and not any(target.truncated)
+        scored += texts
+    alone = [k for k in range(4) if sum(correct) - correct[k] == 0]  # No other one is correct.
+    assert sorted(scored) == [str(k + 1) for k in range(4) if k not in alone]
+
+
+def test_rollouts_without_a_solution_are_counted(world, tmp_path, monkeypatch):
+    """A lone success is left out, and so is a whole prompt without one."""
+    args, tokenizer, task, student, _ = world
+    rows = {"lone": ("64", "5", "4", "3"), "none": ("1", "2", "3", "4"),
+            "both": ("64", "64\nConfidence: 0.50", "1", "2")}
+    for name, left_out in (("lone", 1), ("none", 4), ("both", 0)):
+        group = hand_made(tokenizer, "12+34=", "64", *rows[name])
+        monkeypatch.setattr(caopd, "rollout", lambda *_: [group])
+        out = tmp_path / name
+        out.mkdir()
+        once = dataclasses.replace(args, steps=1, context="solution")
+        for method in ("caopd", "grpo"):
+            caopd.train(copy.deepcopy(student), method, tokenizer, task, once, out)
+        ours, grpo = metrics(out)
+        assert ours["left_out"] == left_out and grpo["left_out"] == 0
+        assert (ours["loss"] == 0) == (name == "none")
+
+
+# --------------------------------------------------------------------------- rewards and advantages
+
+
+@pytest.mark.parametrize("text, graded, reward", [
+    ("64\nConfidence: 0.80", 1, 0.5 + 0.5 + 0.5 * (1 - 0.04)),
+    ("64\nConfidence: 1.00", 1, 1.5), ("64\nConfidence: 0.00", 1, 1.0),
+    ("54\nConfidence: 0.80", 0, 0.5 + 0.5 * (1 - 0.64)),
+    ("54\nConfidence: 0.00", 0, 1.0), ("54\nConfidence: 1.00", 0, 0.5),
+    ("64", 1, 0.0), ("64\nConfidence: 1.11", 1, 0.0), ("54\nConfidence: ", 0, 0.0)])
+def test_rewards_by_hand(world, text, graded, reward):
+    rollout = hand_made(world[1], "12+34=", "64", text).rollouts[0]
+    assert METHODS["grpo"].reward(rollout) == graded
+    assert METHODS["rlcr"].reward(rollout) == pytest.approx(reward)
+
+
+def test_advantages_by_hand():
+    reward = caopd.correctness
+    centered = caopd.group_advantages(outcome(1, 0, 0, 0), reward, False)
+    assert centered == [0.75, -0.25, -0.25, -0.25]
+    standardized = caopd.group_advantages(outcome(1, 0, 0, 0), reward, True)
+    assert standardized == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-3)  # over 0.5
+    for correct in ((1, 1, 1), (0, 0, 0, 0)):
+        for standardize in (False, True):
+            group = outcome(*correct)
+            assert caopd.group_advantages(group, reward, standardize) == [0.0] * len(correct)
+    assert caopd.group_advantages(outcome(1, 0), None, False) == [0.0, 0.0]
+    assert METHODS["grpo"].standardize and not METHODS["rlcr"].standardize
+
+
+def log_probability(network: Transformer, prompt: list[int], ids: list[int]) -> torch.Tensor:
+    logits = network(torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum()
+
+
+@pytest.mark.parametrize("advantage", [0.7, -0.7])
+@pytest.mark.parametrize("text", ["64\nConfidence: 0.90", "54", "6"])
+def test_the_policy_gradient_raises_what_has_a_positive_advantage(world, advantage, text):
+    """Its gradient is -A ∇ log π(y), and a step against it moves log π(y) the way that A says."""
+    _, tokenizer, task, student, _ = world
+    student = copy.deepcopy(student)
+    group = hand_made(tokenizer, "12+34=", "64", text)
+    targets = make_targets(group, None, [advantage], tokenizer, task.wording, None)
+    grpo = METHODS["grpo"]
+
+    def backward():
+        accumulate_gradient(student, None, targets, grpo.answer_loss, grpo.confidence_loss, 0, 1.0)
+    ids = group.rollouts[0].ids
+    g = gradient(student, backward)
+    plain = gradient(student, lambda: (
+        -advantage * log_probability(student, group.prompt, ids)).backward())
+    assert torch.allclose(g, plain, rtol=1e-4, atol=1e-5 * float(g.abs().max()))
+    with torch.no_grad():
+        before = log_probability(student, group.prompt, ids)
+        torch.nn.utils.vector_to_parameters(
+            torch.nn.utils.parameters_to_vector(student.parameters()) - 1e-3 * g / g.norm(),
+            student.parameters())
+        after = log_probability(student, group.prompt, ids)
+    assert (after - before) * advantage > 0
+
+
+def test_reinforcement_learning_makes_no_teacher(world, tmp_path, monkeypatch):
+    args, tokenizer, task, student, _ = world
+
+    def no_teacher(*_):
+        raise AssertionError("a teacher was made")
+    monkeypatch.setattr(caopd, "make_teacher", no_teacher)
+    once = dataclasses.replace(args, steps=1)
+    for name in ("grpo", "rlcr"):
+        caopd.train(copy.deepcopy(student), name, tokenizer, task, once, tmp_path)
+    with pytest.raises(AssertionError, match="a teacher was made"):
+        caopd.train(copy.deepcopy(student), "opd", tokenizer, task, once, tmp_path)
+
+
+# ----------------------------------------------------------------------------- step 4: the loss
+
+
+def gradient(network: Transformer, backward: Callable) -> torch.Tensor:
+    """What backward() leaves in the network's gradients, flat."""
+    network.zero_grad()
     backward()
-    found = torch.cat([p.grad.flatten() for p in model.parameters()])
-    model.zero_grad()
+    found = torch.cat([p.grad.flatten() for p in network.parameters()])
+    network.zero_grad()
     return found
 
 
-@pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
+def assert_same_gradient(g: torch.Tensor, expected: torch.Tensor) -> None:
+    assert g.abs().max() > 0
+    assert torch.allclose(g, expected, rtol=1e-4, atol=1e-5 * float(g.abs().max()))
+
+
+@pytest.mark.parametrize("kind", caopd.DIVERGENCES)
 def test_the_gradient_at_answer_positions_is_opds(world, kind):
-    """Eq. 7: with the context held fixed, replacing the confidence leaves the sum over I_a and its gradient alone."""
-    args, tokenizer, task, student, teacher = world
-    args = dataclasses.replace(args, divergence=kind)
-    groups = some_groups(tokenizer)
-    opd = [caopd.opd_target(g, tokenizer, task, args) for g in groups]
-    ours = [dataclasses.replace(caopd.caopd_target(g, tokenizer, task, args), teacher_prompt=t.teacher_prompt) for g, t in zip(groups, opd)]
-    (a, c), (a_ours, c_ours) = (distillation_backward(student, teacher, targets, 1.0, args) for targets in (opd, ours))
+    """Eq. 7: with the context held fixed, replacement leaves the sum over I_a and its gradient."""
+    _, tokenizer, task, student, teacher = world
+    loss, groups = caopd.DIVERGENCES[kind], some_groups(tokenizer)
+    opd, ours = (targets_of(groups, tokenizer, task, f) for f in (None, caopd.mu_hat))
+    ours = [dataclasses.replace(target, teacher_prompt=t.teacher_prompt)
+            for target, t in zip(ours, opd)]
+
+    def backward(targets):
+        return accumulate_gradient(student, teacher, targets, loss, loss, 0, 1.0)
+    (a, c), (a_ours, c_ours) = backward(opd), backward(ours)
     assert a == pytest.approx(a_ours, rel=1e-6) and c != pytest.approx(c_ours, rel=1e-2)
-    answers = [[dataclasses.replace(t, cut_off=[True] * len(t.cut_off)) for t in targets] for targets in (opd, ours)]  # leaves I_c out
-    g, g_ours = (gradient(student, lambda: distillation_backward(student, teacher, targets, 1.0, args)) for targets in answers)
-    assert torch.allclose(g, g_ours, rtol=1e-4, atol=1e-5 * float(g.abs().max())) and g.abs().max() > 0
+    answers = [[dataclasses.replace(t, truncated=[True] * len(t.truncated)) for t in targets]
+               for targets in (opd, ours)]  # leaves I_c out
+    g, g_ours = (gradient(student, lambda: backward(targets)) for targets in answers)
+    assert_same_gradient(g, g_ours)
 
-
-# ----------------------------------------------------------------------------- the loss
 
 def test_divergences_by_enumeration_and_closed_form():
     torch.manual_seed(0)
     s, t = torch.randn(7, 5, dtype=torch.double), torch.randn(7, 5, dtype=torch.double)
     p, q = s.softmax(-1), t.softmax(-1)
     m = (p + q) / 2
+    reverse, forward, jsd = (caopd.DIVERGENCES[kind] for kind in ("reverse", "forward", "jsd"))
 
     def kl(a, b):
-        return torch.stack([sum(a[i, v] * (a[i, v] / b[i, v]).log() for v in range(5)) for i in range(7)])
-    assert torch.allclose(divergence(s, t, "reverse").double(), kl(p, q), atol=1e-6)
-    assert torch.allclose(divergence(s, t, "forward").double(), kl(q, p), atol=1e-6)
-    assert torch.allclose(divergence(s, t, "jsd").double(), (kl(p, m) + kl(q, m)) / 2, atol=1e-6)
+        return torch.stack([sum(a[i, v] * (a[i, v] / b[i, v]).log() for v in range(5))
+                            for i in range(7)])
+    assert torch.allclose(reverse(s, t).double(), kl(p, q), atol=1e-6)
+    assert torch.allclose(forward(s, t).double(), kl(q, p), atol=1e-6)
+    assert torch.allclose(jsd(s, t).double(), (kl(p, m) + kl(q, m)) / 2, atol=1e-6)
     two = torch.tensor([[0.8, 0.2]]).log(), torch.tensor([[0.5, 0.5]]).log()
-    assert divergence(*two, "reverse").item() == pytest.approx(0.8 * math.log(1.6) + 0.2 * math.log(0.4), abs=1e-6)
-    assert divergence(*two, "forward").item() == pytest.approx(0.5 * math.log(0.625) + 0.5 * math.log(2.5), abs=1e-6)
-    for kind in ("reverse", "forward", "jsd"):
-        assert divergence(s, s, kind).abs().max() < 1e-6
+    by_hand = 0.8 * math.log(1.6) + 0.2 * math.log(0.4)
+    assert reverse(*two).item() == pytest.approx(by_hand, abs=1e-6)
+    by_hand = 0.5 * math.log(0.625) + 0.5 * math.log(2.5)
+    assert forward(*two).item() == pytest.approx(by_hand, abs=1e-6)
+    for loss in (reverse, forward, jsd):
+        assert loss(s, s).abs().max() < 1e-6
 
 
-def plain_loss(student, teacher, targets, args) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plain way: each completion in a full forward pass of its own, all logits at once."""
-    answer = confidence = 0.0
-    for target in targets:
-        for y, n, cut_off in zip(target.completions, target.answer_lengths, target.cut_off):
-            s = student(torch.tensor([target.prompt + y]))[0, len(target.prompt) - 1:-1]
+def token_gradients(loss: Callable, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """[M, V, V]: the gradient with respect to student logits if token v were the sampled one."""
+    count, size = s.shape
+    leaf = s.repeat_interleave(size, 0).requires_grad_()
+    tokens = torch.arange(size).repeat(count)
+    loss(leaf, t.repeat_interleave(size, 0), tokens, torch.zeros(len(tokens))).sum().backward()
+    return leaf.grad.double().view(count, size, size)
+
+
+def mean_and_variance(loss: Callable, s: torch.Tensor,
+                      t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the gradient [M, V] over tokens v ~ π_θ, by enumeration. The variance [M] is a trace."""
+    p, g = s.double().softmax(-1), token_gradients(loss, s, t)
+    mean = torch.einsum("mv,mvw->mw", p, g)
+    return mean, torch.einsum("mv,mvw->m", p, (g - mean[:, None]) ** 2)
+
+
+def random_logits() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [tuple(scale * torch.randn(count, size, generator=generator) for _ in range(2))
+            for scale in (0.1, 1.0, 2.0) for size in (2, 3, 7, 21, 60) for count in (1, 8)]
+
+
+@pytest.mark.parametrize("loss", [caopd.sampled_kl, caopd.vopd])
+def test_the_expected_gradient_of_single_samples_is_that_of_the_full_kl(loss):
+    for s, t in random_logits():
+        log_p, log_q = s.double().log_softmax(-1), t.double().log_softmax(-1)
+        ratio = log_p - log_q
+        kl = (log_p.exp() * ratio).sum(-1, keepdim=True)
+        exact = log_p.exp() * (ratio - kl)  # ∇ KL(π_θ‖π_T), in closed form
+        mean, _ = mean_and_variance(loss, s, t)
+        assert (mean - exact).abs().max() < 1e-6
+        leaf = s.clone().requires_grad_()
+        caopd.kl(leaf, t).sum().backward()
+        assert (mean - leaf.grad.double()).abs().max() < 1e-6
+        log_p = (s.double() - 0.01 * mean).log_softmax(-1)  # after a step against the mean
+        assert ((log_p.exp() * (log_p - log_q)).sum(-1) < kl[:, 0]).all()
+
+
+def test_the_baseline_lowers_the_variance_on_average():
+    """It does so by much where there are many tokens, and not always where there are few."""
+    before, after = {}, {}
+    for s, t in random_logits():
+        for sums, loss in ((before, caopd.sampled_kl), (after, caopd.vopd)):
+            variance = float(mean_and_variance(loss, s, t)[1].sum())
+            sums[s.shape[1]] = sums.get(s.shape[1], 0.0) + variance
+    print("\nvariance of vOPD's gradient over that without the baseline, by number of tokens: "
+          + ", ".join(f"{size} {after[size] / before[size]:.2f}" for size in before))
+    assert sum(after.values()) < 0.8 * sum(before.values())
+    assert after[60] < 0.6 * before[60] and after[21] < 0.8 * before[21]
+
+
+def test_the_baseline_lowers_the_variance_on_the_toys_own_rollouts(small_run):
+    tokenizer = data.Tokenizer.from_pretrained(small_run / "base")
+    base = Transformer.from_pretrained(small_run / "base")
+    task = data.arithmetic_task(0, 8, words=False, grades=("1+1",))
+    groups = caopd.rollout(base, tokenizer, task.draw(16, "distill", 0), task.wording, 4,
+                           Sampling(16), torch.Generator().manual_seed(0))
+    totals = {loss: np.zeros(2) for loss in (caopd.sampled_kl, caopd.vopd)}  # on I_a, on I_c
+    for target in targets_of(groups, tokenizer, task, None):
+        for ids, n in zip(target.completions, target.answer_lengths):
             with torch.no_grad():
-                t = teacher(torch.tensor([target.teacher_prompt + y]))[0, len(target.teacher_prompt) - 1:-1]
-            kl = divergence(s, t, args.divergence)
-            for position in range(args.skip_tokens, len(y)):
+                s, t = (base(torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1]
+                        for prompt in (target.prompt, target.teacher_prompt))
+            for loss in totals:
+                variance = mean_and_variance(loss, s, t)[1]
+                totals[loss] += float(variance[:n].sum()), float(variance[n:].sum())
+    ratio = totals[caopd.vopd] / totals[caopd.sampled_kl]
+    print(f"\nthe toy's own rollouts: vOPD's gradient has {ratio[0]:.2f} of the variance on I_a "
+          f"that it has without the baseline, and {ratio[1]:.2f} on I_c")
+    assert (ratio < 0.9).all()
+
+
+def test_the_loss_of_a_replaced_token_is_the_forward_kl_from_a_point_mass():
+    for s, t in random_logits():
+        count, size = s.shape
+        tokens = torch.arange(count) % size
+        one_hot = torch.nn.functional.one_hot(tokens, size)
+        leaf, other = s.clone().requires_grad_(), s.clone().requires_grad_()
+        loss = caopd.replaced_token(leaf, t, tokens, torch.zeros(count))
+        loss.sum().backward()
+        assert (leaf.grad - (s.softmax(-1) - one_hot)).abs().max() < 1e-6
+        point_mass = caopd.forward_kl(other, 1e4 * one_hot)
+        point_mass.sum().backward()
+        assert torch.allclose(loss, point_mass, atol=1e-5)
+        assert (leaf.grad - other.grad).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("k, mu", [(1, 0.3), (4, 0.3), (8, 0.55)])
+def test_replaced_tokens_over_many_draws_teach_a_mean_confidence_of_mu(k, mu):
+    """Gradient descent on the expected loss, with mu_hat ~ Binomial(K, mu) / K as the token."""
+    share = torch.tensor([math.comb(k, j) * mu ** j * (1 - mu) ** (k - j) for j in range(k + 1)])
+    logits = torch.zeros(k + 1, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], 0.02)
+    for _ in range(1000):
+        loss = caopd.replaced_token(logits.expand(k + 1, -1), None, torch.arange(k + 1), None)
+        (share * loss).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    p = logits.softmax(-1).detach()
+    assert float((p * torch.arange(k + 1) / k).sum()) == pytest.approx(mu, abs=1e-3)
+    assert torch.allclose(p, share, atol=2e-3)
+
+
+def plain_loss(student: Transformer, teacher: Transformer | None, targets: list[Target],
+               answer_loss: Callable, confidence_loss: Callable,
+               skip_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The plain way: each completion in a forward pass of its own, all its logits at once."""
+    answer = confidence = torch.zeros(())
+    for target in targets:
+        for y, n, truncated, advantage in zip(target.completions, target.answer_lengths,
+                                              target.truncated, target.advantages):
+            s = student(torch.tensor([target.prompt + y]))[0, len(target.prompt) - 1:-1]
+            t = None
+            if teacher is not None:
+                with torch.no_grad():
+                    t = teacher(torch.tensor([target.teacher_prompt + y]))
+                t = t[0, len(target.teacher_prompt) - 1:-1]
+            inputs = s, t, torch.tensor(y), torch.full((len(y),), advantage)
+            on_answer, on_confidence = answer_loss(*inputs), confidence_loss(*inputs)
+            for position in range(skip_tokens, len(y)):
                 if position < n:
-                    answer = answer + kl[position]
-                elif not cut_off:
-                    confidence = confidence + kl[position]
+                    answer = answer + on_answer[position]
+                elif not truncated:
+                    confidence = confidence + on_confidence[position]
     return answer, confidence
 
 
-@pytest.mark.parametrize("kind, skip, chunk", [("reverse", 0, 2 ** 24), ("reverse", 3, 40), ("forward", 1, 100), ("jsd", 0, 20)])
-def test_shared_prompts_and_chunks_change_neither_loss_nor_gradient(world, monkeypatch, kind, skip, chunk):
-    args, tokenizer, task, student, teacher = world
-    args = dataclasses.replace(args, divergence=kind, skip_tokens=skip)
-    monkeypatch.setattr(caopd, "CHUNK", chunk)
-    targets = [caopd.caopd_target(g, tokenizer, task, args) for g in some_groups(tokenizer)]
-    ours, plain = distillation_backward(student, teacher, targets, 1.0, args), plain_loss(student, teacher, targets, args)
-    assert ours == pytest.approx([sum_.item() for sum_ in plain], rel=1e-5)
-    g = gradient(student, lambda: distillation_backward(student, teacher, targets, 0.5, args))
+@pytest.mark.parametrize("name, flags, skip, at_once", [
+    ("caopd", [], 0, 2 ** 24), ("caopd", [], 3, 40), ("caopd", ["--divergence", "forward"], 1, 100),
+    ("caopd", ["--divergence", "jsd"], 0, 20),
+    ("caopd", ["--divergence", "jsd", "--confidence-divergence", "forward"], 0, 100),
+    ("caopd-direct", [], 0, 60), ("sampled", [], 0, 60), ("vopd", [], 1, 60),
+    ("caopd-vopd", ["--confidence-divergence", "forward"], 0, 60), ("rlcr", [], 2, 60)])
+def test_shared_prompts_and_chunks_change_neither_loss_nor_gradient(world, monkeypatch, name, flags,
+                                                                    skip, at_once):
+    _, tokenizer, task, student, teacher = world
+    monkeypatch.setattr(caopd, "LOGITS_AT_ONCE", at_once)
+    method, args = METHODS[name], parse_args([*TINY, *flags])
+    teacher = teacher if method.teacher else None
+    targets = [target for group in some_groups(tokenizer) for target in make_targets(
+        group, method.confidence and method.confidence(group), [0.3, -1.0, 2.0, -0.5], tokenizer,
+        task.wording, "demo" if method.teacher else None)]
+    losses = caopd.choose_losses(method, args)
+    kinds = ("divergence", "confidence_divergence")
+    if flags and name == "caopd":
+        chosen = [getattr(args, kind) or args.divergence for kind in kinds]
+        assert list(losses) == [caopd.DIVERGENCES[kind] for kind in chosen]
+    ours = accumulate_gradient(student, teacher, targets, *losses, skip, 1.0)
+    plain = plain_loss(student, teacher, targets, *losses, skip)
+    assert ours == pytest.approx([part.item() for part in plain], rel=1e-5, abs=1e-5)
+    g = gradient(student, lambda: accumulate_gradient(student, teacher, targets, *losses, skip,
+                                                      0.5))
     g_plain = gradient(student, (0.5 * sum(plain)).backward)
-    assert torch.allclose(g, g_plain, rtol=1e-4, atol=1e-5 * float(g.abs().max()))
+    assert_same_gradient(g, g_plain)
+
+
+def nothing(student_logits: torch.Tensor, *_) -> torch.Tensor:
+    return 0.0 * student_logits.float().sum(-1)
+
+
+def test_caopd_vopd_has_the_full_kl_on_the_confidence_and_vopds_loss_on_the_answer(world):
+    _, tokenizer, task, student, teacher = world
+    targets = targets_of(some_groups(tokenizer), tokenizer, task, caopd.mu_hat)
+
+    def backward(*losses):
+        return accumulate_gradient(student, teacher, targets, *losses, 0, 1.0)
+
+    def losses_of(name):
+        return caopd.choose_losses(METHODS[name], parse_args(TINY))
+    both, caopds, vopds = (backward(*losses_of(n)) for n in ("caopd-vopd", "caopd", "vopd"))
+    assert both[1] == pytest.approx(caopds[1], rel=1e-6)
+    assert both[0] == pytest.approx(vopds[0], rel=1e-6)
+    assert both[0] != pytest.approx(caopds[0], rel=1e-2)
+    assert both[1] != pytest.approx(vopds[1], rel=1e-2)
+    g, on_answer, on_confidence = (gradient(student, lambda: backward(*losses)) for losses in (
+        losses_of("caopd-vopd"), (losses_of("vopd")[0], nothing),
+        (nothing, losses_of("caopd")[1])))
+    assert_same_gradient(g, on_answer + on_confidence)
+    assert on_answer.abs().max() > 0 and on_confidence.abs().max() > 0
 
 
 def test_layers_that_are_computed_again_or_visit_change_neither_loss_nor_gradient(world):
-    args, tokenizer, task, student, teacher = world
-    targets = [caopd.caopd_target(g, tokenizer, task, args) for g in some_groups(tokenizer)]
-    plain, g_plain = distillation_backward(student, teacher, targets, 1.0, args), gradient(student, lambda: distillation_backward(student, teacher, targets, 1.0, args))
-    away, again = copy.deepcopy(teacher), copy.deepcopy(student)
+    _, tokenizer, task, student, teacher = world
+    targets = targets_of(some_groups(tokenizer), tokenizer, task, caopd.mu_hat)
+
+    def backward(student, teacher):
+        return accumulate_gradient(student, teacher, targets, caopd.kl, caopd.kl, 0, 1.0)
+    plain, g_plain = backward(student, teacher), gradient(
+        student, lambda: backward(student, teacher))
+    away, again = caopd.make_teacher(teacher, "cpu"), copy.deepcopy(student)
     again.recompute = True
-    away.model.layers = torch.nn.ModuleList(map(caopd.Visiting, away.model.layers))
-    assert [p.data_ptr() for p in away.parameters()] != [p.data_ptr() for p in teacher.parameters()]
-    assert all(torch.equal(p, q) for p, q in zip(away.parameters(), teacher.parameters()))  # the order that the EMA relies on
-    assert distillation_backward(again, away, targets, 1.0, args) == pytest.approx(plain, rel=1e-6)
-    g = gradient(again, lambda: distillation_backward(again, away, targets, 1.0, args))
+    assert any(isinstance(module, caopd.Offloaded) for module in away.modules())
+    pairs = list(zip(away.parameters(), teacher.parameters(), strict=True))
+    assert all(p.data_ptr() != q.data_ptr() for p, q in pairs)
+    assert all(torch.equal(p, q) for p, q in pairs)  # the order that the EMA relies on
+    assert backward(again, away) == pytest.approx(plain, rel=1e-6)
+    g = gradient(again, lambda: backward(again, away))
     assert torch.allclose(g, g_plain, rtol=1e-5, atol=1e-6 * float(g.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("prompt, rollouts, new", [(200, 8, 20), (20, 4, 100), (150, 1, 2)])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_the_memory_estimate_is_what_autograd_keeps(family, prompt, rollouts, new, dtype):
-    config = Config(family, 50, 192, 512, 2, 6, 2, 32 if family == "llama" else 64, tie_word_embeddings=True)
-    model, kept = Transformer(config).to(getattr(torch, dtype)), {}
-    weights = {p.data_ptr() for p in model.parameters()}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-    tree = caopd.Tree([[1] * prompt], [[[2] * new] * rollouts], torch.device("cpu"))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model.hidden(tree.input_ids, tree.positions, tree)
-    args = dataclasses.replace(parse_args([]), rollouts=rollouts, max_new_tokens=new, dtype=dtype)
-    estimate = 2 * len(tree.input_ids) * caopd.layer_bytes(config, prompt + rollouts * new, args)
-    assert hidden.requires_grad and estimate == pytest.approx(sum(kept.values()), rel=0.2)
-
-
-def test_a_run_that_cannot_fit_says_so_and_says_what_helps(tmp_path, real_model, capsys, monkeypatch):
-    monkeypatch.setattr(caopd, "memory_free", lambda device: 2 ** 18)
-    monkeypatch.setattr(caopd, "CHUNK", 2 ** 8)
-    assert caopd.main(["--model", str(real_model), "--out", str(tmp_path / "out"), *REAL]) == 2
-    shown = capsys.readouterr()
-    assert "GiB needed on cpu" in shown.out and not (tmp_path / "out").exists()
-    assert all(flag in shown.err for flag in ("--micro-tokens", "--dtype bfloat16 --rounding stochastic")) and shown.err.count("\n") == 1
-
-
-def test_a_teacher_on_the_cpu_and_layers_computed_again_give_the_same_run(tmp_path):
-    plain, other = run(tmp_path / "a"), run(tmp_path / "b", "--teacher-device", "cpu", "--recompute")
-    assert all(plain[name] == other[name] for name in ("base", "opd", "caopd"))
-
-
 def test_no_gradient_reaches_the_teacher_and_equal_contexts_give_no_loss(world):
-    args, tokenizer, task, student, _ = world
+    _, tokenizer, task, student, _ = world
     teacher = copy.deepcopy(student)
-    targets = [dataclasses.replace(caopd.opd_target(g, tokenizer, task, args), teacher_prompt=g.prompt) for g in some_groups(tokenizer)]
-    loss = sum(distillation_backward(student, teacher, targets, 1.0, args))
+    targets = [dataclasses.replace(target, teacher_prompt=target.prompt)
+               for target in targets_of(some_groups(tokenizer), tokenizer, task, None)]
+    loss = sum(accumulate_gradient(student, teacher, targets, caopd.kl, caopd.kl, 0, 1.0))
     assert abs(loss) < 1e-4 and all(p.grad is None for p in teacher.parameters())
     student.zero_grad()
 
 
 def test_masks_by_hand():
-    target = Target([1], [1], [[5, 6, 7, 1], [5, 6, 7], [1]], [2, 2, 0], [False, True, False])
-    answer, confidence = caopd.loss_masks([target], 1, torch.device("cpu"))
+    target = Target([1], [1], [[5, 6, 7, 1], [5, 6, 7], [1]], [2, 2, 0], [False, True, False],
+                    [0.0] * 3)
+    answer, confidence = caopd.loss_masks([target], 1)
     assert answer.int().tolist() == [0, 1, 0, 0] + [0, 1, 0] + [0]
     assert confidence.int().tolist() == [0, 0, 1, 1] + [0, 0, 0] + [0]
 
 
-@pytest.mark.parametrize("tokens, budget, batches", [([3, 3, 3], 6, [[0, 1], [2]]), ([9, 1, 1], 4, [[0], [1, 2]]), ([], 4, []), ([1, 9, 1], 4, [[0], [1], [2]])])
-def test_micro_batches(tokens, budget, batches):
-    assert caopd.micro_batches(tokens, budget) == batches
+# ----------------------------------------------------------------------------- the methods
+
+NO_REWARD = (None, False)  # and so not standardized
+SPECIFIED = {  # what replaces c, the losses on I_a and I_c, the reward
+    "opd": (None, caopd.kl, caopd.kl, NO_REWARD),
+    "caopd": (caopd.mu_hat, caopd.kl, caopd.kl, NO_REWARD),
+    "caopd-sc": (caopd.self_consistency, caopd.kl, caopd.kl, NO_REWARD),
+    "caopd-direct": (caopd.mu_hat, caopd.kl, caopd.replaced_token, NO_REWARD),
+    "caopd-direct-loo": (caopd.leave_one_out, caopd.kl, caopd.replaced_token, NO_REWARD),
+    "sampled": (None, caopd.sampled_kl, caopd.sampled_kl, NO_REWARD),
+    "vopd": (None, caopd.vopd, caopd.vopd, NO_REWARD),
+    "caopd-vopd": (caopd.mu_hat, caopd.vopd, caopd.kl, NO_REWARD),
+    "grpo": (None, caopd.policy_gradient, caopd.policy_gradient, (caopd.correctness, True)),
+    "rlcr": (None, caopd.policy_gradient, caopd.policy_gradient,
+             (caopd.calibrated_correctness, False))}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_update_of_each_method_against_the_plain_way(world, tmp_path, monkeypatch, name):
+    """The logged losses and the norm of the gradient are those of Eq. 7 over all its tokens."""
+    args, tokenizer, task, student, _ = world
+    confidence, answer_loss, confidence_loss, (reward, standardize) = SPECIFIED[name]
+    once = dataclasses.replace(args, steps=1, micro_tokens=64)  # two micro-batches
+    groups = some_groups(tokenizer)
+    referred = []
+
+    def add_references(groups, *_):
+        referred.extend(groups)
+        for group, reference in zip(groups, ("54", "65")):
+            group.reference = reference
+    monkeypatch.setattr(caopd, "rollout", lambda *_: groups)
+    monkeypatch.setattr(caopd, "add_references", add_references)
+    caopd.train(copy.deepcopy(student), name, tokenizer, task, once, tmp_path)
+    row, = metrics(tmp_path)
+    assert (referred == groups) == (name == "caopd-sc")
+
+    targets = [target for group in groups for target in make_targets(
+        group, confidence and confidence(group),
+        caopd.group_advantages(group, reward, standardize), tokenizer, task.wording,
+        None if reward else "demo")]
+    count = sum(int(mask.sum()) for mask in caopd.loss_masks(targets, 0))
+    teacher, student = (None if reward else copy.deepcopy(student)), copy.deepcopy(student)
+    sums = plain_loss(student, teacher, targets, answer_loss, confidence_loss, 0)
+    assert [row["loss_answer"], row["loss_confidence"]] == pytest.approx(
+        [part.item() / count for part in sums], rel=1e-4, abs=1e-6)
+    assert row["loss"] == pytest.approx(row["loss_answer"] + row["loss_confidence"])
+    g = gradient(student, (sum(sums) / count).backward)
+    assert row["grad_norm"] == pytest.approx(float(g.norm()), rel=1e-4)
+    stated = [c for group in groups for rollout in group.rollouts if not rollout.truncated
+              and (c := data.parse_confidence(rollout.text)) is not None]
+    assert row["confidence"] == pytest.approx(sum(stated) / len(stated))
+    assert [row[key] for key in ("accuracy", "format", "truncated", "left_out")] == \
+        [0.5, len(stated) / 8, 0.25, 0]
 
 
 # ----------------------------------------------------------------------------- the update
+
 
 def tiny_model(dtype=torch.float32) -> Transformer:
     torch.manual_seed(0)
@@ -306,28 +924,35 @@ SEED = torch.Generator().manual_seed(0)
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_small_steps_and_ema_increments_survive_bfloat16(rounding):
-    """At lr 1e-5 a bfloat16 weight alone would not move, nor its EMA; float32 copies carry both, and so does chance on average."""
-    model, args = tiny_model(torch.bfloat16), parse_args(["--dtype", "bfloat16", "--rounding", rounding])
-    before = [p.detach().float().clone() for p in model.parameters()]
-    optimizer, teacher = Optimizer(model, 1e-5, 300, args, schedule=lambda step, steps: 1.0), copy.deepcopy(model)
-    ema = exact_weights(teacher, args)
-    for _ in range(300):
-        sum(p.float().sum() for p in model.parameters()).backward()  # every weight should fall by lr a step
-        optimizer.step(SEED)
-        ema_update(ema, optimizer.weights, 0.01, SEED)
+    """At lr 1e-5 a bfloat16 weight alone would not move, nor would its EMA. Float32 weights carry
+    both, and so does chance on average."""
+    stored = torch.float32 if rounding == "nearest" else torch.bfloat16
+    student = tiny_model(torch.bfloat16).to(stored)
+    student.compute_dtype = torch.bfloat16
+    before = [p.detach().float().clone() for p in student.parameters()]
+    optimizer, teacher = AdamW(student, 0.0, 1.0), caopd.make_teacher(student, "same")
+    for step in range(300):
+        sum(p.float().sum() for p in student.parameters()).backward()
+        optimizer.step(step, 1e-5, SEED)  # Every weight should fall by lr a step.
+        ema_update(teacher, student, 0.01, SEED)
     student_fell, teacher_fell = 300e-5, sum(1e-5 * (1 - 0.99 ** (300 - t)) for t in range(300))
-    for name, weights, fell in (("student", optimizer.weights, student_fell), ("teacher", ema, teacher_fell)):
-        assert all(w.dtype == (torch.float32 if rounding == "nearest" else torch.bfloat16) for w in weights)
-        moved = torch.cat([(b - w.detach().float()).flatten() for b, w in zip(before, weights)])
+    for name, network, fell in (("student", student, student_fell),
+                                ("teacher", teacher, teacher_fell)):
+        assert all(w.dtype == stored for w in network.parameters())
+        moved = torch.cat([(b - w.detach().float()).flatten()
+                           for b, w in zip(before, network.parameters())])
         if rounding == "nearest":
             assert torch.allclose(moved, torch.full_like(moved, fell), rtol=0.02, atol=1e-6), name
-        else:  # a mean with its standard error; norm weights of 1.0 have neighbours 0.004 away
-            assert abs(moved.mean() - fell) < 5 * moved.std() / len(moved) ** 0.5 and moved.std() > 0, name
+        else:  # a mean with its standard error: norm weights of 1.0 have neighbours 0.004 away
+            assert abs(moved.mean() - fell) < 5 * moved.std() / len(moved) ** 0.5, name
+            assert moved.std() > 0, name
     alone = torch.ones(1, dtype=torch.bfloat16)
     for _ in range(300):
         alone -= 1e-5
     assert alone.item() == 1.0  # the trap
-    shown = torch.cat([(b - p.detach().float()).flatten() for b, p in zip(before, model.parameters())])
+    computed = student.for_inference()
+    assert all(w.dtype == torch.bfloat16 for w in computed.parameters())
+    shown = torch.cat([(b - p.float()).flatten() for b, p in zip(before, computed.parameters())])
     assert shown.mean().item() == pytest.approx(student_fell, rel=0.1)
 
 
@@ -342,206 +967,631 @@ def test_stochastic_rounding_is_one_of_two_neighbours_and_right_on_average():
         assert abs(rounded[:, i].double().mean() - exact[i]) <= 5 * error
 
 
-def test_adamw_is_torchs():
-    """The same updates as torch.optim.AdamW with clipping, in float32."""
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_adamw_is_torchs(weight_decay):
+    """The updates are those of torch.optim.AdamW with clipping. Norms and biases do not decay."""
     a, b = tiny_model(), tiny_model()
-    ours, reference = Optimizer(a, 1e-2, 6, parse_args([]), schedule=lambda step, steps: 1.0), torch.optim.AdamW(b.parameters(), 1e-2, (0.9, 0.95), weight_decay=0.0)
+    groups = [{"params": [p for p in b.parameters() if p.dim() == 2], "weight_decay": weight_decay},
+              {"params": [p for p in b.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    assert all(group["params"] for group in groups)
+    ours, reference = AdamW(a, weight_decay, 1.0), torch.optim.AdamW(groups, 1e-2, (0.9, 0.95))
     for step in range(6):
         ids = torch.tensor([[1, 2, step]])
         a(ids).square().sum().backward()
         b(ids).square().sum().backward()
         norm = torch.nn.utils.clip_grad_norm_(b.parameters(), 1.0)
-        assert ours.step(SEED) == pytest.approx(float(norm), rel=1e-4)
+        assert ours.step(step, 1e-2, SEED) == pytest.approx(float(norm), rel=1e-4)
         reference.step()
         reference.zero_grad()
     assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(a.parameters(), b.parameters()))
 
 
-def test_gradients_add_up_over_micro_batches_and_warm_up_then_cosine():
+def test_gradients_add_up_over_micro_batches():
     a, b = tiny_model(), tiny_model()
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    one, two = Optimizer(a, 1e-2, 20, parse_args([])), Optimizer(b, 1e-2, 20, parse_args([]))
+    one, two = AdamW(a, 0.0, 1.0), AdamW(b, 0.0, 1.0)
     a(ids).square().sum().backward()
     for row in ids:
         b(row[None]).square().sum().backward()
-    assert one.step(SEED) == pytest.approx(two.step(SEED), rel=1e-4)
+    assert one.step(0, 1e-2, SEED) == pytest.approx(two.step(0, 1e-2, SEED), rel=1e-4)
     assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(a.parameters(), b.parameters()))
-    rates = []
-    for step in range(20):
-        one.step_count = step
-        rates.append(one.lr / 1e-2)
-    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0]) and rates[11] == pytest.approx(0.5) and 0 < rates[19] < 0.01
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    rates = [caopd.warmup_cosine(step, 20, 30) for step in range(20)]
+    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0]) and rates[11] == pytest.approx(0.5)
+    assert 0 < rates[19] < 0.01
     assert all(x >= y for x, y in zip(rates[2:], rates[3:]))
+    rates = [caopd.warmup_stable_decay(step, 20) for step in range(20)]
+    assert rates == pytest.approx([0.5] + [1.0] * 14 + [5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
 
 
 @pytest.mark.parametrize("rate, expected", [(0.0, 1.0), (1.0, 3.0), (0.25, 1.5)])
 def test_ema(rate, expected):
-    average = [torch.ones(2)]
-    ema_update(average, [torch.full((2,), 3.0)], rate, SEED)
-    assert average[0].tolist() == [expected] * 2
+    teacher, student = tiny_model(), tiny_model()
+    with torch.no_grad():
+        for average, weight in zip(teacher.parameters(), student.parameters()):
+            average.fill_(1.0)
+            weight.fill_(3.0)
+    ema_update(teacher, student, rate, SEED)
+    assert all((average == expected).all() for average in teacher.parameters())
+    assert all((weight == 3.0).all() for weight in student.parameters())
+
+
+# ----------------------------------------------------------------------------- evaluation
+
+# Texts of the embedded world: the answer, what is before the segment (None where there is none),
+# the segment as far as it goes, and whether an end token follows.
+TOY_TEXTS = [("64", "\n", "Confidence: 0.90", True), ("5", None, "", True),
+             ("64", "\n", "Confidence: 0.", False), ("1111", None, "", False),
+             ("", "\n", "Confidence: 0.50", True), ("7", "\n", "Confidence: 1.11", True)]
+WORD_TEXTS = TOY_TEXTS + [("It is 64,", " ", "confidence: 85%", True),
+                          ("", "", "Confidence: 0.5\nand so on", True),
+                          ("64.", "\n", "Confidence: ", False), ("64.", "\n", "Confid", False)]
+
+
+def uneven_tokenizer(plain: data.Tokenizer) -> data.Tokenizer:
+    """The embedded world's tokenizer with some numbers in fewer tokens than others."""
+    backend = json.loads(plain.backend.to_str())
+    merged = ["1.00", "0.9", "0.95", "00"]
+    size = len(backend["model"]["vocab"])
+    backend["model"]["vocab"] |= {token: size + i for i, token in enumerate(merged)}
+    units = r"\nConfidence: |1\.00|0\.95|0\.9|00|[01]\.|[\s\S]"
+    backend["pre_tokenizer"]["pattern"] = {"Regex": units}
+    return data.Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(backend)), plain.config,
+                          plain.generation)
+
+
+@pytest.mark.parametrize("kind", ["toy", "uneven", "characters"])
+def test_the_distribution_of_confidences_against_brute_force(world, real_model, kind):
+    """One full forward pass for each of the 101 completions, and the product of its tokens."""
+    tokenizer, config = world[1], world[3].config
+    if kind == "uneven":
+        tokenizer = uneven_tokenizer(tokenizer)
+        config = dataclasses.replace(config, vocab_size=tokenizer.backend.get_vocab_size())
+        lengths = {len(tokenizer.encode(f"\nConfidence: {i / 100:.2f}")) for i in range(101)}
+        assert lengths == {2, 3, 4}
+    if kind == "characters":
+        tokenizer, config = data.Tokenizer.from_pretrained(real_model), Config.from_pretrained(
+            real_model)
+    texts = WORD_TEXTS if kind == "characters" else TOY_TEXTS
+    network, end, groups, expected = noisy(config, 0), tokenizer.eos_ids[0], [], []
+    for question, texts in (("1+2=", TOY_TEXTS), ("12*34=", texts)):
+        prompt = tokenizer.chat([{"role": "user", "content": question}])
+        rollouts = []
+        for answer, before, segment, ended in texts:
+            whole = answer + (before or "") + segment
+            ids = tokenizer.encode(whole) + [end] * ended
+            rollouts.append(Rollout(ids, whole, not ended, False, None))
+            if segment == "Confid":  # It is no segment, and so a part of the answer.
+                answer, before = whole, None
+            start = prompt + tokenizer.encode(answer)
+            before = "\n" if before is None else before
+            with torch.no_grad():
+                scores = [float(log_probability(network, start, tokenizer.encode(
+                    before + f"Confidence: {i / 100:.2f}"))) for i in range(101)]
+            expected.append(np.exp(scores) / np.exp(scores).sum())
+        groups.append(Group(data.Example("arithmetic", question, "1"), prompt, rollouts))
+    expected = np.stack(expected)
+    assert expected.max() > 0.05 and abs(expected[0] - expected[1]).max() > 0.01
+    for tokens_at_once in (1, 700, 10 ** 6):
+        with torch.no_grad():
+            p = caopd.confidence_distribution(network, tokenizer, groups, tokens_at_once)
+        assert p.shape == expected.shape and abs(p - expected).max() < 1e-5
+        assert p.sum(1) == pytest.approx(np.ones(len(p)))
+
+
+def test_readouts_are_of_what_the_model_would_state(small_run, monkeypatch):
+    """Stated, likeliest and mean confidence are scored on the same sampled answers."""
+    tokenizer = data.Tokenizer.from_pretrained(small_run / "base")
+    base = Transformer.from_pretrained(small_run / "base")
+    task = data.arithmetic_task(0, 40, words=False, eval_grades=("1+1",))
+    seen, real = [], caopd.confidence_distribution
+
+    def record(network, tokenizer, groups, tokens_at_once):
+        seen.append((groups, real(network, tokenizer, groups, tokens_at_once)))
+        return seen[-1][1]
+    monkeypatch.setattr(caopd, "confidence_distribution", record)
+    figures = caopd.evaluate(base, tokenizer, task.held_out, task.wording, Sampling(16), 0,
+                             samples=3)
+    (groups, p), = seen
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    correct = [int(rollout.correct) for rollout in rollouts]
+    assert len(rollouts) == len(p) == 120 and 0 < sum(correct) < 120
+    assert [group.example for group in groups] == task.held_out
+    greedy = [float(row.argmax()) / 100 for row in p]
+    mean = [sum(i / 100 * float(x) for i, x in enumerate(row)) for row in p]
+    stated = [data.parse_confidence(rollout.text) for rollout in rollouts]
+    stated = calibration([math.nan if c is None else c for c in stated], correct)
+    readouts = figures["readouts"]
+    assert readouts["stated"] == stated == {key: figures[key] for key in FIGURES}
+    assert readouts["greedy"] == pytest.approx(brute_force(greedy, correct))
+    assert readouts["expected"] == pytest.approx(brute_force(mean, correct))
+    assert sum(row["count"] for row in figures["reliability"]) == round(120 * stated["format"])
+
+
+def test_the_papers_way_and_the_oracle_sample_as_they_say(world, monkeypatch):
+    _, tokenizer, task, student, _ = world
+    asked, real = [], caopd.rollout
+
+    def record(network, tokenizer, examples, wording, samples, sampling, generator):
+        asked.append((samples, sampling.temperature, sampling.top_p, len(examples)))
+        return real(network, tokenizer, examples, wording, samples, sampling, generator)
+    monkeypatch.setattr(caopd, "rollout", record)
+    figures = caopd.evaluate(student, tokenizer, task.held_out, task.wording,
+                             Sampling(16, 0.9, 0.8), 0, 2, 4, 3)
+    assert asked == [(2, 0.9, 0.8, 24), (4, 0.9, 0.8, 24), (3, 0.6, 0.95, 24)]
+    plain = caopd.evaluate(student, tokenizer, task.held_out, task.wording, Sampling(16, 0.9, 0.8),
+                           0, 2)
+    assert figures.keys() - plain.keys() == {"oracle", "paper"}
+    assert caopd.to_json(plain) == caopd.to_json({key: figures[key] for key in plain})
 
 
 # ----------------------------------------------------------------------------- whole runs
 
+
 def run(out: Path, *flags: str) -> dict:
+    """What results.json holds of a tiny run, but for the seconds that each model took."""
     assert caopd.main([*TINY, "--out", str(out), *flags]) == 0
-    return json.loads((out / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text())
+    for row in results.values():
+        if isinstance(row, dict):
+            row.pop("seconds", None)
+    return results
 
 
 def weights(directory: Path) -> list[torch.Tensor]:
     return list(Transformer.from_pretrained(directory).state_dict().values())
 
 
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_method_runs_from_start_to_table(small_run):
+    rows = metrics(small_run)
+    assert [(row["stage"], row["step"]) for row in rows] == \
+        [("base", step) for step in range(250)] + [(name, s) for name in METHODS for s in range(3)]
+    before = weights(small_run / "base")
+    for name in METHODS:
+        after = weights(small_run / name)
+        assert all(weight.isfinite().all() for weight in after), name
+        assert any(not torch.equal(x, y) for x, y in zip(before, after)), name
+        mine = [row for row in rows if row["stage"] == name]
+        assert all(math.isfinite(row["loss"]) and row["left_out"] == 0 for row in mine)
+        assert any(0 < row["accuracy"] < 1 for row in mine), "no update had anything to tell apart"
+
+
+def test_the_methods_share_their_base_and_their_first_rollouts(small_run):
+    """A method differs from another in what it makes of its rollouts, and in nothing before."""
+    first = [row for row in metrics(small_run) if row["stage"] != "base" and row["step"] == 0]
+    assert len({(row["accuracy"], row["confidence"], row["truncated"]) for row in first}) == 1
+    by_name = {row["stage"]: row for row in first}
+    assert by_name["caopd"]["loss_answer"] == by_name["caopd-direct"]["loss_answer"]
+    assert by_name["caopd"]["loss_confidence"] == by_name["caopd-vopd"]["loss_confidence"]
+    assert by_name["caopd"]["loss_confidence"] != by_name["caopd-direct"]["loss_confidence"]
+
+
+def test_what_results_json_holds(small_run):
+    results = json.loads((small_run / "results.json").read_text())
+    assert list(results) == ["base", *METHODS, "settings", "seconds"]
+    for name in ("base", *METHODS):
+        row = results[name]
+        assert row.keys() >= {*FIGURES, "by_grade", "reliability", "stderr", "readouts", "oracle",
+                              "paper", "questions", "truncated"}
+        assert row["questions"] == 100 and len(row["reliability"]) == 10
+        assert list(row["readouts"]) == ["stated", "greedy", "expected"]
+        grade, = row["by_grade"].values()
+        for figures in (row["stderr"], row["oracle"], row["paper"], row["paper"]["stderr"], grade,
+                        *row["readouts"].values()):
+            assert figures.keys() >= set(FIGURES)
+        whole = {key: row[key] for key in FIGURES}
+        assert grade == row["readouts"]["stated"] == whole and 0 < row["accuracy"] < 1
+        assert row["oracle"]["accuracy"] == row["accuracy"]
+        assert 0 <= row["oracle"]["brier"] <= 0.25 * 2
+        assert 0 < row["stderr"]["accuracy"] < 0.1
+    assert results["settings"]["sft_lr"] == 1e-2 and results["settings"]["rollouts"] == 4
+
+
 def test_end_to_end_both_methods(tmp_path, capsys):
-    first = run(tmp_path / "a")
+    flags = ["--oracle", "2", "--paper-samples", "2"]
+    first = run(tmp_path / "a", *flags)
     printed = capsys.readouterr().out
     assert {"base", "opd", "caopd"} <= first.keys()
     for name in ("base", "opd", "caopd"):
-        assert {"accuracy", "mean_confidence", "ocg", "ece", "brier", "spr", "format", "by_grade"} <= first[name].keys()
-        assert Transformer.from_pretrained(tmp_path / "a" / name).config.vocab_size == data.Tokenizer.from_pretrained(tmp_path / "a" / name).backend.get_vocab_size()
+        assert {*FIGURES, "by_grade"} <= first[name].keys()
+        saved = Transformer.from_pretrained(tmp_path / "a" / name).config
+        tokenizer = data.Tokenizer.from_pretrained(tmp_path / "a" / name)
+        assert saved.vocab_size == tokenizer.backend.get_vocab_size()
         assert set(first[name]["by_grade"]) == set(data.GRADES)
-    for words in ("CaOPD", "OCG", "accuracy / confidence", "0.9 to 1.0", "OPD took accuracy from"):
+    for words in ("CaOPD", "OCG", "accuracy / confidence", "0.9 to 1.0", "floor / ceiling",
+                  "gap closed", "temperature 0.6 and top-p 0.95"):
         assert words in printed
-    rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
-    assert [(r["stage"], r["step"]) for r in rows] == [("base", s) for s in range(6)] + [(m, s) for m in ("opd", "caopd") for s in range(4)]
-    assert not list((tmp_path / "a").glob("**/*.tmp")) and not list((tmp_path / "a").glob("**/checkpoint*"))
+    assert [(row["stage"], row["step"]) for row in metrics(tmp_path / "a")] == \
+        [("base", s) for s in range(6)] + [(m, s) for m in ("opd", "caopd") for s in range(4)]
+    assert not list((tmp_path / "a").glob("**/*.tmp"))
+    assert not list((tmp_path / "a").glob("**/checkpoint*"))
 
-    again = run(tmp_path / "a")
+    again = run(tmp_path / "a", *flags)
     assert "Reusing the base model" in capsys.readouterr().out
-    fresh = run(tmp_path / "b")
-    other = run(tmp_path / "a", "--seed", "1")
-    assert "Reusing" not in capsys.readouterr().out
+    fresh = run(tmp_path / "b", *flags)
+    other = run(tmp_path / "a", *flags, "--seed", "1")
+    assert "Reusing" not in capsys.readouterr().out and other["settings"]["seed"] == 1
     for name in ("base", "opd", "caopd"):
-        assert first[name] == again[name] == fresh[name] and first[name]["reliability"] != [] and other["settings"]["seed"] == 1
+        assert first[name] == again[name] == fresh[name] and first[name]["reliability"] != []
 
 
-@pytest.mark.parametrize("method, flags", [("opd", ["--divergence", "forward"]), ("caopd", ["--divergence", "jsd", "--context", "solution", "--skip-tokens", "2"]),
-                                           ("caopd", ["--dtype", "bfloat16", "--teacher-rate", "1"]), ("opd", ["--teacher-rate", "0", "--micro-tokens", "64"]), ("caopd", ["--dtype", "bfloat16", "--rounding", "stochastic"]), ("opd", ["--skip-tokens", "99"])])
+@pytest.mark.parametrize("method, flags", [
+    ("opd", ["--divergence", "forward"]),
+    ("caopd", ["--divergence", "jsd", "--context", "solution", "--skip-tokens", "2"]),
+    ("caopd", ["--dtype", "bfloat16", "--teacher-rate", "1"]),
+    ("opd", ["--teacher-rate", "0", "--micro-tokens", "64"]),
+    ("caopd", ["--dtype", "bfloat16", "--rounding", "stochastic"]),
+    ("opd", ["--skip-tokens", "99"]), ("grpo", ["--skip-tokens", "99"]),
+    ("caopd-vopd", ["--confidence-divergence", "forward", "--weight-decay", "0.1"])])
 def test_each_method_alone_and_its_variants(tmp_path, method, flags):
     results = run(tmp_path, "--method", method, *flags)
-    assert set(results) == {"base", method, "settings", "seconds"} and len(list(tmp_path.glob("*/config.json"))) == 2
-    assert all(weight.isfinite().all() for weight in weights(tmp_path / method))  # also where no token is left in the loss
+    assert set(results) == {"base", method, "settings", "seconds"}
+    assert len(list(tmp_path.glob("*/config.json"))) == 2
+    after = weights(tmp_path / method)  # also where no token is left in the loss
+    assert all(weight.isfinite().all() for weight in after)
+    if "99" in flags:
+        assert all(torch.equal(x, y) for x, y in zip(weights(tmp_path / "base"), after))
 
 
-@pytest.mark.parametrize("update", [3, 6, 9, 12])  # the run makes 6 updates of the base, 4 of OPD and 4 of CaOPD
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_crash_at_any_moment_resumes_to_the_same_result(tmp_path, monkeypatch, update, dtype):
-    flags = ["--save-every", "1", "--dtype", dtype, "--rounding", "stochastic"]  # which float32 does not need
-    whole = run(tmp_path / "whole", *flags)
-    real, updates = Optimizer.step, iter(range(99))
+@pytest.mark.parametrize("flags", [[], ["--dtype", "bfloat16"]])
+def test_a_teacher_on_the_cpu_and_layers_computed_again_give_the_same_run(tmp_path, flags):
+    plain = run(tmp_path / "a", *flags)
+    other = run(tmp_path / "b", *flags, "--teacher-device", "cpu", "--recompute")
+    assert all(plain[name] == other[name] for name in ("base", "opd", "caopd"))
 
-    def crash(self, generator):
+
+CUT = ["--save-every", "1", "--rounding", "stochastic"]  # which float32 does not need
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory) -> Callable:
+    """Runs without a crash, by flags, each made once."""
+    @functools.cache
+    def whole_run(*flags: str) -> tuple[Path, dict]:
+        out = tmp_path_factory.mktemp("whole")
+        return out, run(out, *CUT, *flags)
+    return whole_run
+
+
+def crash(out: Path, update: int, *flags: str) -> None:
+    """A run that dies in its update with this number, counted over all its stages."""
+    real, updates = AdamW.step, itertools.count()
+
+    def step(self, *rest):
         if next(updates) == update:
             raise MemoryError("the lights went out")
-        return real(self, generator)
-
-    monkeypatch.setattr(Optimizer, "step", crash)
-    with pytest.raises(MemoryError):
-        run(tmp_path / "cut", *flags)
-    monkeypatch.setattr(Optimizer, "step", real)
-    with (tmp_path / "cut/metrics.jsonl").open("a") as log:
+        return real(self, *rest)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(AdamW, "step", step)
+        run(out, *CUT, *flags)
+    with (out / "metrics.jsonl").open("a") as log:
         log.write('{"stage": "op')  # a line that was being written
-    assert {k: v for k, v in run(tmp_path / "cut", *flags).items() if k not in ("seconds", "settings")} == \
-        {k: v for k, v in whole.items() if k not in ("seconds", "settings")}
-    for name in ("base", "opd", "caopd"):
-        assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "whole" / name), weights(tmp_path / "cut" / name)))
-    steps = [[(r["stage"], r["step"], r["loss"]) for r in map(json.loads, (tmp_path / d / "metrics.jsonl").read_text().splitlines())] for d in ("whole", "cut")]
+
+
+def assert_same_outcome(out: Path, results: dict, whole: Path, expected: dict) -> None:
+    names = results.keys() - {"settings", "seconds"}
+    assert {name: results[name] for name in names} == {name: expected[name] for name in names}
+    assert names == expected.keys() - {"settings", "seconds"} and len(names) > 1
+    for name in names:
+        pairs = zip(weights(whole / name), weights(out / name))
+        assert all(torch.equal(a, b) for a, b in pairs), name
+    steps = [[(row["stage"], row["step"], row["loss"]) for row in metrics(d)] for d in (whole, out)]
     assert steps[0] == steps[1]
 
 
-def test_the_oracle_row(tmp_path, capsys):
-    results = run(tmp_path, "--method", "caopd", "--oracle", "4")
-    assert capsys.readouterr().out.count("oracle μ(x)") == 2
-    for name in ("base", "caopd"):
-        assert 0 <= results[name]["oracle"]["brier"] <= 0.25 * 4 / 3 and results[name]["oracle"]["accuracy"] == results[name]["accuracy"]
+# A run makes 6 updates of the base and 4 of each method.
+@pytest.mark.parametrize("update", [3, 6, 9, 12])
+@pytest.mark.parametrize("dtype, method", [
+    ("float32", "both"), ("bfloat16", "both"), ("float32", "grpo,caopd-sc")])
+def test_a_crash_at_any_moment_resumes_to_the_same_result(tmp_path, whole_runs, capsys, update,
+                                                          dtype, method):
+    flags = ["--dtype", dtype, "--method", method]
+    whole, expected = whole_runs(*flags)
+    crash(tmp_path, update, *flags)
+    results = run(tmp_path, *CUT, *flags)
+    assert_same_outcome(tmp_path, results, whole, expected)
+    stage_start = 0 if update < 6 else 6 + (update - 6) // 4 * 4
+    resumed = "Going on from step" in capsys.readouterr().out
+    assert resumed == (update > 6 and update > stage_start)
 
 
-def test_the_supervised_documents_teach_answers_first_and_then_every_grade_with_and_without_a_demonstration():
-    args, task = parse_args(["--sft-steps", "10", "--sft-answers", "0.5", "--sft-documents", "32"]), data.arithmetic_task(0, 8, words=False)
-    (early, unfinished), (later, finished) = caopd.documents(task, args, 4), caopd.documents(task, args, 5)
-    late = later + caopd.documents(task, args, 6)[0]
-    assert not unfinished and finished
-    assert all(text.endswith("\nConfidence: ") and data.verify(data.Example("arithmetic", "", text.split("\n")[0]), text) for _, text in early)
-    asked = {side: {len(m[0]["content"].split("\n")[0]) for m, _ in late if ("\n" in m[0]["content"]) is side} for side in (False, True)}
-    assert asked[False] == asked[True] == {4, 5, 6, 7, 8}  # 1+1= to 3+3=
-    assert sum("\n" in m[0]["content"] for m, _ in late) == 32 and all(data.parse_confidence(text) is not None for _, text in late)
+@pytest.mark.parametrize("changed", [["--save-every", "3"], ["--recompute"], ["--oracle", "2"],
+                                     ["--teacher-device", "cpu"]])
+def test_a_run_goes_on_under_flags_that_decide_nothing(tmp_path, whole_runs, capsys, changed):
+    whole, expected = whole_runs("--dtype", "float32", "--method", "both")
+    crash(tmp_path, 8, "--dtype", "float32")
+    results = run(tmp_path, *CUT, "--dtype", "float32", *changed)
+    assert "Going on from step 2" in capsys.readouterr().out
+    for name in ("base", "opd", "caopd"):
+        assert {key: results[name][key] for key in expected[name]} == expected[name]
+        pairs = zip(weights(whole / name), weights(tmp_path / name))
+        assert all(torch.equal(a, b) for a, b in pairs), name
 
 
 def test_a_checkpoint_of_other_settings_is_not_taken(tmp_path):
     args = dataclasses.replace(parse_args([*TINY, "--out", str(tmp_path)]), dtype="float32")
-    model = tiny_model()
-    optimizer = Optimizer(model, 1e-3, 5, args)
-    model(torch.tensor([[1, 2]])).sum().backward()
-    optimizer.step(SEED)
-    caopd.save_checkpoint(tmp_path / "opd", optimizer, [], caopd.settings(args, "opd"))
-    fresh = Optimizer(tiny_model(), 1e-3, 5, args)
-    assert caopd.load_checkpoint(tmp_path / "opd", fresh, [], caopd.settings(dataclasses.replace(args, lr=1.0), "opd")) == 0
-    assert caopd.load_checkpoint(tmp_path / "opd", fresh, [], caopd.settings(args, "opd")) == 1
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.model.parameters()))
+    task = data.arithmetic_task(0, 4, words=False)
+
+    def stage(network, args, task=task):
+        return Stage("opd", tmp_path, caopd.settings(args, "opd", task),
+                     AdamW(network, 0.0, 1.0), None, 1)
+    trained = tiny_model()
+    optimizer = AdamW(trained, 0.0, 1.0)
+    first = Stage("opd", tmp_path, caopd.settings(args, "opd", task), optimizer, None, 1)
+    for step in first.steps(5):
+        trained(torch.tensor([[1, 2]])).sum().backward()
+        optimizer.step(step, 1e-3, SEED)
+        first.save_if_due(step)
+        break
+    fresh = tiny_model()
+    untouched = [weight.clone() for weight in fresh.parameters()]
+    elsewhere = dataclasses.replace(task, fingerprint=task.fingerprint + 1)
+    for other in (stage(fresh, dataclasses.replace(args, lr=1.0)), stage(fresh, args, elsewhere)):
+        assert other.start == 0
+        assert all(torch.equal(a, b) for a, b in zip(untouched, fresh.parameters()))
+    assert stage(fresh, args).start == 1
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), fresh.parameters()))
+    assert not all(torch.equal(a, b) for a, b in zip(untouched, fresh.parameters()))
     (tmp_path / "opd/checkpoint.safetensors").write_bytes(b"cut")
     with pytest.raises(UsageError, match="not a readable checkpoint"):
-        caopd.load_checkpoint(tmp_path / "opd", fresh, [], {})
+        stage(fresh, args)
 
 
-@pytest.fixture(scope="module")
-def real_model(tmp_path_factory) -> Path:
-    """A Hugging Face directory as a user would pass it: random weights, a character tokenizer with words in it."""
-    import string
-    import tokenizers
-    directory = tmp_path_factory.mktemp("model")
-    vocabulary = ["<eos>", "<user>", "<assistant>", *string.printable]
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({t: i for i, t in enumerate(vocabulary)}, unk_token="<eos>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
-    backend.decoder = tokenizers.decoders.Fuse()
-    backend.add_special_tokens(vocabulary[:3])
-    template = "{% for m in messages %}<user>{{ m.content }}{% endfor %}<assistant>"
-    data.Tokenizer(backend, {"eos_token": "<eos>", "chat_template": template}, {}).save_pretrained(directory)
-    torch.manual_seed(0)
-    Transformer(Config("qwen2", len(vocabulary), 16, 24, 1, 4, 2, 4, max_position_embeddings=1024)).save_pretrained(directory)
-    return directory
+def test_the_oracle_row(tmp_path, capsys):
+    results = run(tmp_path, "--method", "caopd", "--oracle", "4")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "floor / ceiling" in line)
+    assert line.index("floor") > line.index("expected")
+    for name in ("base", "caopd"):
+        oracle = results[name]["oracle"]
+        assert 0 <= oracle["brier"] <= 0.25 * 4 / 3
+        assert oracle["accuracy"] == results[name]["accuracy"]
+        assert oracle["format"] == 1
+    assert "oracle" not in run(tmp_path, "--method", "caopd")["caopd"]
 
 
-REAL = ["--steps", "2", "--prompts", "2", "--rollouts", "2", "--max-new-tokens", "8", "--eval-questions", "4"]
+# ----------------------------------------------------------------------------- settings
+
+
+def another(field: dataclasses.Field, value):
+    """A value of a flag that differs from this one."""
+    if field.metadata["choices"]:
+        return next(choice for choice in field.metadata["choices"] if choice != value)
+    if isinstance(value, bool):
+        return not value
+    return value + "x" if isinstance(value, str) else value + 8
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Args), ids=lambda field: field.name)
+def test_a_flag_decides_what_it_says(field):
+    args, task = parse_args(TINY), data.arithmetic_task(0, 4, words=False)
+    changed = dataclasses.replace(args, **{field.name: another(field, getattr(args, field.name))})
+    stages = [stage for stage in ("base", "opd")
+              if caopd.settings(args, stage, task) != caopd.settings(changed, stage, task)]
+    assert stages == {caopd.ALL: ["base", "opd"], caopd.METHOD: ["opd"],
+                      caopd.NOTHING: []}[field.metadata["decides"]]
+
+
+def test_stages_and_questions_tell_settings_apart():
+    args, task = parse_args(TINY), data.arithmetic_task(0, 4, words=False)
+    settings = [caopd.settings(args, stage, task) for stage in ("base", "opd", "caopd")]
+    for split, grades in (("validation", tuple(data.GRADES)), ("held-out", ("1+1",))):
+        other = data.arithmetic_task(0, 4, False, split, grades)
+        settings += [caopd.settings(args, stage, other) for stage in ("base", "opd")]
+    assert all(a != b for a, b in itertools.combinations(settings, 2))
+    same = data.arithmetic_task(0, 9, False, eval_grades=("1+1",))  # It asks other questions.
+    assert caopd.settings(args, "opd", same) == settings[1]
+
+
+def test_a_base_is_used_again_only_where_all_that_decides_it_is_the_same(tmp_path, capsys):
+    def reused(*flags: str) -> bool:
+        run(tmp_path, "--method", "grpo", *flags)
+        return "Reusing the base model" in capsys.readouterr().out
+    assert not reused() and reused() and reused("--steps", "2") and reused("--method", "opd")
+    for flags in (["--clip", "0.5"], ["--sft-noise", "0.5"], ["--dtype", "bfloat16"],
+                  ["--split", "validation"]):
+        assert not reused(*flags) and reused(*flags)
+    assert not reused()
+
+
+def test_a_base_is_not_used_again_after_other_training_questions(tmp_path, real_model, capsys):
+    train = tmp_path / "train.jsonl"
+    rows = [*ROWS["mcq"], {"prompt": "long " * 20, "answer": "A"}]
+    evaluate = write(tmp_path / "e.jsonl", *ROWS["mcq"])
+
+    def reused(*flags: str) -> bool:
+        assert caopd.main(["--model", str(real_model), "--task", "mcq", "--train", str(train),
+                           "--eval", evaluate, "--out", str(tmp_path / "out"), *REAL,
+                           "--sft-steps", "1", "--method", "opd", *flags]) == 0
+        return "Reusing the base model" in capsys.readouterr().out
+    write(train, *rows)
+    assert not reused() and reused() and reused("--steps", "3")
+    write(train, *rows[:-1], rows[-1] | {"answer": "B"})
+    assert not reused() and reused()
+    write(train, *rows)
+    assert not reused() and reused("--max-prompt", "500", "--skip-long")
+    assert not reused("--max-prompt", "180", "--skip-long")
+    assert reused("--max-prompt", "181", "--skip-long") and not reused()
+
+
+# ----------------------------------------------------------------------------- the split
+
+
+def side_of(question: str) -> str:
+    """The side of the split of a question of the embedded world, like 12+34=."""
+    a, op, b = re.fullmatch(r"(\d+)([+*])(\d+)=", question).groups()
+    return data.side(f"{min(int(a), int(b))}{op}{max(int(a), int(b))}")
+
+
+def watch(monkeypatch, maker: str) -> tuple[list, list]:
+    """Two lists that fill with the questions that are trained on, and with those that are asked.
+
+    maker: the function of data.py that makes the task.
+    """
+    trained, asked = [], []
+    make, evaluate, rollout = getattr(data, maker), caopd.evaluate, caopd.rollout
+
+    def make_and_watch(*rest, **named):
+        task = make(*rest, **named)
+
+        def draw(*rest):
+            trained.extend(example.question for example in task.draw(*rest))
+            return task.draw(*rest)
+        return dataclasses.replace(task, draw=draw)
+
+    def watch_rollout(student, tokenizer, examples, *rest):
+        rolled_out.extend(example.question for example in examples)
+        return rollout(student, tokenizer, examples, *rest)
+
+    def watch_evaluation(network, tokenizer, examples, *rest, **named):
+        assert set(rolled_out) <= set(trained)  # so far by training
+        figures = evaluate(network, tokenizer, examples, *rest, **named)
+        asked.extend(example.question for example in examples)
+        rolled_out.clear()
+        return figures
+    rolled_out = []
+    monkeypatch.setattr(data, maker, make_and_watch)
+    monkeypatch.setattr(caopd, "rollout", watch_rollout)
+    monkeypatch.setattr(caopd, "evaluate", watch_evaluation)
+    return trained, asked
+
+
+@pytest.mark.parametrize("flags, trained_on, asked_of", [
+    ([], {"train", "validation"}, {"held-out"}),
+    (["--split", "validation"], {"train"}, {"validation"})])
+def test_the_split_decides_what_is_trained_on_and_what_is_asked(tmp_path, monkeypatch, flags,
+                                                                trained_on, asked_of):
+    trained, asked = watch(monkeypatch, "arithmetic_task")
+    run(tmp_path, "--method", "opd", *flags)
+    assert set(map(side_of, trained)) == trained_on and set(map(side_of, asked)) == asked_of
+    assert len(trained) >= 6 * 8 + 4 * 4 and len(asked) == 2 * 24
+
+
+@pytest.mark.parametrize("flags", [[], ["--split", "validation"]])
+def test_the_split_of_a_training_file(tmp_path, real_model, monkeypatch, flags):
+    questions = [f"Q{i}?" for i in range(20)]
+    train = write(tmp_path / "t.jsonl", *({"prompt": q, "answer": "A"} for q in questions))
+    held_out = write(tmp_path / "e.jsonl", {"prompt": "held out?", "answer": "B"})
+    trained, asked = watch(monkeypatch, "listed_task")
+    assert caopd.main(["--model", str(real_model), "--task", "mcq", "--train", train, "--eval",
+                       held_out, "--out", str(tmp_path / "out"), *REAL, "--method", "opd",
+                       "--prompts", "20", *flags]) == 0
+    kept = [q for q in questions if data.side(q) == "validation"]
+    assert 4 < len(kept) < 16
+    if flags:
+        assert set(trained) == set(questions) - set(kept) and set(asked) == set(kept[:4])
+    else:
+        assert set(trained) == set(questions) and set(asked) == {"held out?"}
+
+
+def test_a_split_that_leaves_no_question_is_one_sentence(tmp_path, real_model, capsys):
+    asked = write(tmp_path / "e.jsonl", {"prompt": "held out?", "answer": "B"})
+    for side in ("validation", "train"):  # All training questions are on this side.
+        questions = [q for q in map(str, range(20)) if data.side(q) == side]
+        train = write(tmp_path / "t.jsonl", *({"prompt": q, "answer": "A"} for q in questions))
+        code = caopd.main(["--model", str(real_model), "--task", "mcq", "--train", train, "--eval",
+                           asked, "--out", str(tmp_path / "out"), *REAL, "--split", "validation"])
+        error = capsys.readouterr().err
+        assert code == 2 and "validation" in error and error.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------- real models
+
+REAL = ["--steps", "2", "--prompts", "2", "--rollouts", "2", "--max-new-tokens", "8",
+        "--eval-questions", "4", "--oracle", "0", "--paper-samples", "0"]
 
 
 def write(path: Path, *rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" if not isinstance(row, str) else row + "\n" for row in rows))
+    """A JSONL file of these rows. A text stands for a line as it is."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines))
     return str(path)
 
 
-ROWS = {"mcq": [{"prompt": f"Q{i}?\nA: 1\nB: 2", "answer": "AB"[i % 2], "system": "Choose."} for i in range(4)],
-        "tool": [{"prompt": f"T{i}", "answer": [{"Action": "go", "Action_Input": json.dumps({"n": i})}]} for i in range(4)],
-        "arithmetic": [{"prompt": f"{i}+1?", "answer": str(i + 1)} for i in range(4)]}
+ROWS = {
+    "mcq": [{"prompt": f"Q{i}?\nA: 1\nB: 2", "answer": "AB"[i % 2], "system": "Choose."}
+            for i in range(4)],
+    "tool": [{"prompt": f"T{i}", "answer": [{"Action": "go", "Action_Input": f'{{"n": {i}}}'}]}
+             for i in range(4)],
+    "arithmetic": [{"prompt": f"{i}+1?", "answer": str(i + 1)} for i in range(4)]}
 
 
-@pytest.mark.parametrize("task, files, extra", [("arithmetic", False, ["--sft-steps", "1"]), ("arithmetic", True, []), ("mcq", True, ["--method", "caopd"]), ("tool", True, ["--sft-steps", "2", "--method", "opd"])])
+@pytest.mark.parametrize("task, files, extra", [
+    ("arithmetic", False, ["--sft-steps", "1", "--oracle", "2", "--paper-samples", "2"]),
+    ("arithmetic", True, ["--method", "caopd-sc,rlcr"]), ("mcq", True, ["--method", "caopd"]),
+    ("tool", True, ["--sft-steps", "2", "--method", "opd"])])
 def test_a_model_directory_from_start_to_table(tmp_path, real_model, task, files, extra):
-    flags = ["--model", str(real_model), "--task", task, "--out", str(tmp_path / "out"), *REAL, *extra]
+    flags = ["--model", str(real_model), "--task", task, "--out", str(tmp_path / "out"), *REAL]
     if files:
-        flags += ["--train", write(tmp_path / "t.jsonl", *ROWS[task]), "--eval", write(tmp_path / "e.jsonl", *ROWS[task])]
-    assert caopd.main(flags) == 0
-    assert (tmp_path / "out/results.json").exists() and not list((tmp_path / "out").glob("**/*.tmp"))
+        flags += ["--train", write(tmp_path / "t.jsonl", *ROWS[task]),
+                  "--eval", write(tmp_path / "e.jsonl", *ROWS[task])]
+    assert caopd.main([*flags, *extra]) == 0
+    assert (tmp_path / "out/results.json").exists()
+    assert not list((tmp_path / "out").glob("**/*.tmp"))
 
 
 def test_prompts_over_the_limit_are_refused_or_left_out(tmp_path, real_model, capsys):
     rows = ROWS["mcq"] + [{"prompt": "long " * 100, "answer": "A"}]
-    flags = ["--model", str(real_model), "--task", "mcq", "--out", str(tmp_path / "out"), *REAL, "--max-prompt", "400",
-             "--train", write(tmp_path / "t.jsonl", *rows), "--eval", write(tmp_path / "e.jsonl", *ROWS["mcq"])]
+    flags = ["--model", str(real_model), "--task", "mcq", "--out", str(tmp_path / "out"), *REAL,
+             "--max-prompt", "400", "--train", write(tmp_path / "t.jsonl", *rows),
+             "--eval", write(tmp_path / "e.jsonl", *ROWS["mcq"])]
     assert caopd.main(flags) == 2
-    assert "t.jsonl, line 5: the prompt has" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "t.jsonl, line 5: the prompt has" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     assert caopd.main([*flags, "--skip-long"]) == 0
     assert "Left out 1 of 5 questions" in capsys.readouterr().out
 
 
+def test_generated_questions_over_the_limit_are_always_refused(tmp_path, capsys):
+    """A generated task has no list to leave questions out of, and 713+170= takes 10 tokens."""
+    run(tmp_path / "fits", "--method", "grpo", "--max-prompt", "10")
+    for flags in ([], ["--skip-long"]):
+        out = tmp_path / "out"
+        assert caopd.main([*TINY, "--out", str(out), "--max-prompt", "9", *flags]) == 2
+        assert "has 10 tokens, over --max-prompt 9" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_run_that_cannot_fit_says_so_and_says_what_helps(tmp_path, real_model, capsys,
+                                                           monkeypatch):
+    monkeypatch.setattr(caopd, "memory_free", lambda device: 2 ** 18)
+    monkeypatch.setattr(caopd, "LOGITS_AT_ONCE", 2 ** 8)
+    out = tmp_path / "out"
+    assert caopd.main(["--model", str(real_model), "--out", str(out), *REAL]) == 2
+    shown = capsys.readouterr()
+    assert "GiB needed on cpu" in shown.out and not out.exists()
+    for flags in ("--micro-tokens", "--dtype bfloat16 --rounding stochastic"):
+        assert flags in shown.err
+    assert shown.err.count("\n") == 1
+
+
 # ----------------------------------------------------------------------------- what is refused
 
+
 @pytest.mark.parametrize("flags, words", [
-    (["--rollouts", "0"], "--rollouts 0"), (["--lr", "0"], "--lr 0"), (["--lr", "nan"], "--lr nan"), (["--lr", "-1"], "--lr -1"), (["--steps", "x"], "--steps"),
-    (["--task", "poetry"], "--task"), (["--method", "sft"], "--method"), (["--nonsense"], "--nonsense"), (["--temperature", "0"], "--temperature"),
-    (["--teacher-rate", "1.5"], "--teacher-rate"), (["--device", "tpu"], "--device tpu"), (["--device", "cuda:99"], "--device cuda:99"), (["--device", "what"], "--device what"),
-    (["--task", "mcq"], "needs both --train"), (["--train", "x.jsonl"], "--train"), (["--model", "/nowhere"], "--model /nowhere"), (["--model", "no dir"], "--model no dir"),
-    (["--prompts", "0"], "--prompts"), (["--max-new-tokens", "0"], "--max-new-tokens"), (["--max-prompt", "2"], "--max-prompt 2"), (["--width", "20"], "--width"),
-    (["--max-new-tokens", "200"], "over the model's 128")])
+    (["--rollouts", "0"], "--rollouts 0"), (["--lr", "0"], "--lr 0"), (["--lr", "nan"], "--lr nan"),
+    (["--lr", "-1"], "--lr -1"), (["--steps", "x"], "--steps"), (["--task", "poetry"], "--task"),
+    (["--method", "sft"], "--method"), (["--method", "opd,sft"], "--method opd,sft"),
+    (["--method", "opd,"], "--method opd,"), (["--method", ""], "--method"),
+    (["--nonsense"], "--nonsense"), (["--temperature", "0"], "--temperature"),
+    (["--teacher-rate", "1.5"], "--teacher-rate"), (["--device", "tpu"], "--device tpu"),
+    (["--device", "cuda:99"], "--device cuda:99"), (["--device", "what"], "--device what"),
+    (["--task", "mcq"], "needs both --train"), (["--train", "x.jsonl"], "--train"),
+    (["--train", "x.jsonl", "--eval", "x.jsonl"], "need --model"),
+    (["--model", "/nowhere"], "--model /nowhere"), (["--model", "no dir"], "--model no dir"),
+    (["--prompts", "0"], "--prompts"), (["--max-new-tokens", "0"], "--max-new-tokens"),
+    (["--max-prompt", "2"], "--max-prompt 2"), (["--width", "20"], "--width"),
+    (["--max-new-tokens", "200"], "over the model's 128"), (["--oracle", "1"], "--oracle 1"),
+    (["--split", "test"], "--split"), (["--eval-top-p", "0"], "--eval-top-p 0"),
+    (["--paper-samples", "-1"], "--paper-samples -1"), (["--eval-samples", "0"], "--eval-samples"),
+    (["--method", "caopd-sc", "--context", "solution"], "caopd-sc needs --context demo"),
+    (["--method", "caopd-sc", "--teacher-device", "cpu"], "leave out --teacher-device"),
+    (["--method", "opd,grpo", "--rollouts", "1"], "--rollouts 1"),
+    (["--method", "caopd-direct-loo", "--rollouts", "1"], "--rollouts 1")])
 def test_a_bad_request_is_one_sentence_and_exit_code_2(tmp_path, capsys, flags, words):
     assert caopd.main([*TINY, "--out", str(tmp_path / "out"), *flags]) == 2
     error = capsys.readouterr().err
@@ -552,13 +1602,17 @@ def test_a_bad_request_is_one_sentence_and_exit_code_2(tmp_path, capsys, flags, 
 def test_bad_files_and_directories_are_one_sentence(tmp_path, real_model, capsys):
     good = write(tmp_path / "good.jsonl", *ROWS["mcq"])
 
-    def refused(model, train, words, *more):
-        code = caopd.main(["--model", str(model), "--task", "mcq", "--train", str(train), "--eval", good, "--out", str(tmp_path / "out"), *REAL, *more])
+    def refused(model, train, words):
+        code = caopd.main(["--model", str(model), "--task", "mcq", "--train", str(train),
+                           "--eval", good, "--out", str(tmp_path / "out"), *REAL])
         error = capsys.readouterr().err
-        assert code == 2 and words in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+        assert code == 2 and words in error and error.count("\n") == 1
+        assert not (tmp_path / "out").exists()
 
-    refused(real_model, write(tmp_path / "bad.jsonl", ROWS["mcq"][0], "{"), "bad.jsonl, line 2: not JSON")
-    refused(real_model, write(tmp_path / "lacks.jsonl", {"prompt": "p"}), "lacks.jsonl, line 1: no `answer`")
+    bad = write(tmp_path / "bad.jsonl", ROWS["mcq"][0], "{")
+    refused(real_model, bad, "bad.jsonl, line 2: not JSON")
+    lacks = write(tmp_path / "lacks.jsonl", {"prompt": "p"})
+    refused(real_model, lacks, "lacks.jsonl, line 1: no `answer`")
     refused(real_model, write(tmp_path / "other.jsonl", ROWS["tool"][0]), "cannot verify")
     refused(real_model, write(tmp_path / "empty.jsonl"), "no examples")
     refused(real_model, tmp_path / "absent.jsonl", "cannot be read")
@@ -568,7 +1622,8 @@ def test_bad_files_and_directories_are_one_sentence(tmp_path, real_model, capsys
     shutil.copytree(real_model, cut)
     (cut / "model.safetensors").write_bytes((real_model / "model.safetensors").read_bytes()[:-8])
     refused(cut, good, "not a readable safetensors file")
-    (cut / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "chat_template": "{{ raise_exception('no\\nsuch role') }}"}))
+    (cut / "tokenizer_config.json").write_text(json.dumps(
+        {"eos_token": "<eos>", "chat_template": "{{ raise_exception('no\\nsuch role') }}"}))
     refused(cut, good, "the chat template failed: no such role")
     (cut / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     refused(cut, good, "'mamba' is not supported")
@@ -577,7 +1632,9 @@ def test_bad_files_and_directories_are_one_sentence(tmp_path, real_model, capsys
 def test_an_unwritable_directory_is_one_sentence(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert caopd.main([*TINY, "--out", str(tmp_path / "file")]) == 2
-    assert "--out" in capsys.readouterr().err and (tmp_path / "file").read_text() == "mine"
+    error = capsys.readouterr().err
+    assert "--out" in error and error.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_hub_name_that_cannot_be_fetched_is_one_sentence(tmp_path, capsys, monkeypatch):
@@ -591,14 +1648,18 @@ def test_a_hub_name_that_cannot_be_fetched_is_one_sentence(tmp_path, capsys, mon
     assert "owner/name" in error and "pass its directory" in error and error.count("\n") == 1
 
 
-def test_help_names_every_flag():
-    text = subprocess.run([sys.executable, "caopd.py", "--help"], capture_output=True, text=True, cwd=Path(caopd.__file__).parent).stdout
+def test_help_names_every_flag_and_every_flag_says_what_it_decides():
+    text = subprocess.run([sys.executable, "caopd.py", "--help"], capture_output=True, text=True,
+                          cwd=Path(caopd.__file__).parent).stdout
     for field in dataclasses.fields(Args):
         assert "--" + field.name.replace("_", "-") in text and len(field.metadata["help"]) > 8
+        assert field.metadata["decides"] in (caopd.ALL, caopd.METHOD, caopd.NOTHING)
+    assert all(name in text for name in METHODS)
 
 
 def test_the_readme_names_what_is_there():
-    text, modules = Path(caopd.__file__).with_name("README.md").read_text(), {"caopd": caopd, "data": data, "model": model}
+    text = Path(caopd.__file__).with_name("README.md").read_text()
+    modules = {"caopd": caopd, "data": data, "model": model}
     names = re.findall(r"`(caopd|data|model)\.([\w.]+)`", text)
     assert len(names) > 15
     for module, name in names:

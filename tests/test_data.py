@@ -1,23 +1,32 @@
-"""The confidence segment, the verifiers, the prompts, the tokenizer, JSONL files and the embedded world."""
+"""The confidence segment, the verifiers, the prompts, the tokenizer, JSONL files and the world."""
 
+import dataclasses
 import json
 import random
+import re
+import zlib
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 import data
-from data import DataError, Example, Tokenizer, load_jsonl, parse_confidence, replace_confidence, split_completion, toy_tokenizer, verify
+from data import (DataError, Example, KINDS, Tokenizer, load_jsonl, parse_confidence,
+                  replace_confidence, split_completion, toy_tokenizer, verify)
 
 
-# ----------------------------------------------------------------------------- the confidence segment
+# ------------------------------------------------------- the confidence segment
 
 @pytest.mark.parametrize("text, value", [
-    ("64\nConfidence: 0.85", 0.85), ("Confidence: 1", 1.0), ("confidence: .5", 0.5), ("CONFIDENCE:0.00", 0.0), ("Confidence: 85%", 0.85),
-    ("Confidence: 0.9.", 0.9), ("Confidence: 0.2\n64\nConfidence: 0.70", 0.70), ("Confidence: 100%", 1.0), ("(Confidence: 0.3)", 0.3),
-    ("64", None), ("", None), ("Confidence:", None), ("Confidence: high", None), ("Confidence: 1.01", None), ("Confidence: -0.5", None),
-    ("Confidence: 0.8.5", None), ("Confidence: nan", None), ("Confidence: 1e-1", None), ("Confidence: 150%", None),
-    ("Confidence: 0.9\nConfidence: ?", None), ("Confidence:\n0.5", None)])
+    ("64\nConfidence: 0.85", 0.85), ("Confidence: 1", 1.0), ("confidence: .5", 0.5),
+    ("CONFIDENCE:0.00", 0.0), ("Confidence: 85%", 0.85), ("Confidence: 0.9.", 0.9),
+    ("Confidence: 0.2\n64\nConfidence: 0.70", 0.70), ("Confidence: 100%", 1.0),
+    ("(Confidence: 0.3)", 0.3), ("64", None), ("", None), ("Confidence:", None),
+    ("Confidence: high", None), ("Confidence: 1.01", None), ("Confidence: -0.5", None),
+    ("Confidence: 0.8.5", None), ("Confidence: nan", None), ("Confidence: 1e-1", None),
+    ("Confidence: 150%", None), ("Confidence: 0.9\nConfidence: ?", None),
+    ("Confidence:\n0.5", None)])
 def test_parse_confidence(text, value):
     assert parse_confidence(text) == value
 
@@ -35,19 +44,24 @@ def test_replacement_keeps_the_answer_ids_and_states_the_value(answer):
         ids = tokenizer.encode(text) + [1]
         new, n = replace_confidence(tokenizer, ids, 0.375)
         assert new[:n] == ids[:n] and new[-1] == 1 and new.count(1) == 1
-        assert tokenizer.decode(new) == text[:len(text) - len(segment)] + ("" if segment else "\n") + "Confidence: 0.38"
-        assert split_completion(tokenizer, new)[0] in (n, n + (not segment))  # a newline that was added is answer from now on
+        kept = text[:len(text) - len(segment)] + ("" if segment else "\n")
+        assert tokenizer.decode(new) == kept + "Confidence: 0.38"
+        # A newline that was added is a part of the answer from now on.
+        assert split_completion(tokenizer, new)[0] in (n, n + (not segment))
 
 
 def merging_tokenizer() -> Tokenizer:
-    """A tokenizer in which tokens straddle the segment's start and decoding then encoding changes tokens."""
-    import tokenizers
-    vocabulary = ["<eos>", "6", "4", "64", ".", " ", "\n", "\nCon", " Confidence", "fidence", "C", "Confidence", ":", ". Con", "0", "1", "3", "8", "5"]
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({t: i for i, t in enumerate(vocabulary)}, unk_token="<eos>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"Confidence|64|[\s\S]"), behavior="isolated")
+    """Its tokens straddle the segment's start, and decoding then encoding changes tokens."""
+    vocabulary = ["<eos>", "6", "4", "64", ".", " ", "\n", "\nCon", " Confidence", "fidence", "C",
+                  "Confidence", ":", ". Con", "0", "1", "3", "8", "5"]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+        {token: i for i, token in enumerate(vocabulary)}, unk_token="<eos>"))
+    units = tokenizers.Regex(r"Confidence|64|[\s\S]")
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(units, behavior="isolated")
     backend.decoder = tokenizers.decoders.Fuse()
     backend.add_special_tokens(["<eos>"])
-    return Tokenizer(backend, {"eos_token": "<eos>", "chat_template": "{{ messages[0].content }}"}, {})
+    config = {"eos_token": "<eos>", "chat_template": "{{ messages[0].content }}"}
+    return Tokenizer(backend, config, {})
 
 
 @pytest.mark.parametrize("tokens, kept, text", [
@@ -57,53 +71,144 @@ def merging_tokenizer() -> Tokenizer:
     (["6", "4", "\n", "Confidence", ":", "1"], 3, "64\nConfidence: 0.38")])
 def test_replacement_where_a_token_straddles_the_boundary(tokens, kept, text):
     tokenizer = merging_tokenizer()
-    ids = [tokenizer.backend.token_to_id(t) for t in tokens] + [0]
+    ids = [tokenizer.backend.token_to_id(token) for token in tokens] + [0]
     new, n = replace_confidence(tokenizer, ids, 0.375)
     assert n == kept and new[:n] == ids[:n] and tokenizer.decode(new) == text
-    assert tokenizer.encode(tokenizer.decode(ids))[:2] != ids[:2]  # what encoding the text again would have done to I_a
+    # What encoding the text again would have done to I_a.
+    assert tokenizer.encode(tokenizer.decode(ids))[:2] != ids[:2]
 
 
-# ----------------------------------------------------------------------------- verifiers
+@pytest.mark.parametrize("answer", ["😀", "6😀", "😀é\n", "é😀é 6"])
+def test_replacement_after_characters_of_several_byte_tokens(answer):
+    """A tokenizer that falls back to bytes decodes half a character to more than a whole one."""
+    pieces = [*dict.fromkeys("Confidence: 0.85638\n"), *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {piece: i for i, piece in enumerate(["<eos>", *pieces])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    backend.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    backend.add_special_tokens(["<eos>"])
+    tokenizer = Tokenizer(backend, {"eos_token": "<eos>", "chat_template": ""}, {})
+    kept, ids = tokenizer.encode(answer), tokenizer.encode(answer + "Confidence: 0.85") + [0]
+    assert len(kept) > len(answer)
+    new, n = replace_confidence(tokenizer, ids, 0.38)
+    assert new[:n] == kept and tokenizer.decode(new) == answer + "Confidence: 0.38"
+
+
+# ------------------------------------------------------- verifiers
 
 CALL = [{"Action": "search", "Action_Input": '{"q": "x", "n": 2}'}]
 
 
 @pytest.mark.parametrize("task, answer, text, right", [
-    ("arithmetic", "46", "46", True), ("arithmetic", "46", "12 + 34 = 46.", True), ("arithmetic", "46", "46\nConfidence: 0.85", True),
-    ("arithmetic", "1046", "1,046", True), ("arithmetic", "-3", "-3", True), ("arithmetic", "46", "460", False), ("arithmetic", "46", "46 or 47", False),
-    ("arithmetic", "85", "46\nConfidence: 0.85", False), ("arithmetic", "46", "", False), ("arithmetic", "01", "01\nConfidence: 1.00", True),
-    ("mcq", "B", "<answer>\nB\n</answer>", True), ("mcq", "B", "<answer>b</answer>", True), ("mcq", "B", "B", True), ("mcq", "B", "The answer is (B).", True),
-    ("mcq", "B", "<answer>A</answer> no: <answer>B</answer>", True), ("mcq", "B", "<answer>A</answer>", False), ("mcq", "A", "A good question", False),
+    ("arithmetic", "46", "46", True), ("arithmetic", "46", "12 + 34 = 46.", True),
+    ("arithmetic", "46", "46\nConfidence: 0.85", True), ("arithmetic", "1046", "1,046", True),
+    ("arithmetic", "-3", "-3", True), ("arithmetic", "46", "460", False),
+    ("arithmetic", "46", "46 or 47", False), ("arithmetic", "85", "46\nConfidence: 0.85", False),
+    ("arithmetic", "46", "", False), ("arithmetic", "01", "01\nConfidence: 1.00", True),
+    ("mcq", "B", "<answer>\nB\n</answer>", True), ("mcq", "B", "<answer>b</answer>", True),
+    ("mcq", "B", "B", True), ("mcq", "B", "The answer is (B).", True),
+    ("mcq", "B", "<answer>A</answer> no: <answer>B</answer>", True),
+    ("mcq", "B", "<answer>A</answer>", False), ("mcq", "A", "A good question", False),
     ("mcq", "B", "Answer: BC", False), ("mcq", "B", "A: 1 B: 2", False),
-    ("tool", CALL, 'Action: search\nAction Input: {"n": 2, "q": "x"}', True), ("tool", CALL, 'Thought: so\nAction: search\nAction_Input: {"q":"x","n":2} end', True),
-    ("tool", CALL, 'Action: search\nAction Input: {"q": "x"}', False), ("tool", CALL, 'Action: find\nAction Input: {"q": "x", "n": 2}', False),
-    ("tool", CALL, 'Action: search\nAction Input: {"q": ', False), ("tool", CALL, "Action: search", False), ("tool", CALL, 'Action: search\nAction Input: ' + '{"a":' * 5000, False)])
+    ("tool", CALL, 'Action: search\nAction Input: {"n": 2, "q": "x"}', True),
+    ("tool", CALL, 'Thought: so\nAction: search\nAction_Input: {"q":"x","n":2} end', True),
+    ("tool", CALL, 'Action: search\nAction Input: {"q": "x"}', False),
+    ("tool", CALL, 'Action: find\nAction Input: {"q": "x", "n": 2}', False),
+    ("tool", CALL, 'Action: search\nAction Input: {"q": ', False),
+    ("tool", CALL, "Action: search", False),
+    ("tool", CALL, 'Action: search\nAction Input: ' + '{"a":' * 5000, False)])
 def test_verify(task, answer, text, right):
     assert verify(Example(task, "?", answer), text) is right
 
 
-@pytest.mark.parametrize("task, answer", [("arithmetic", "4096"), ("arithmetic", "-7"), ("mcq", "C"), ("tool", CALL), ("tool", [{"Action": "f", "Action_Input": "{}"}])])
+@pytest.mark.parametrize("task, text, answer", [
+    ("arithmetic", "1,046 or 47\nConfidence: 0.85", "47"), ("arithmetic", "Confidence: 0.85", None),
+    ("mcq", "the answer: c", "C"), ("mcq", "Answer   is : (D)", "D"), ("mcq", "", None),
+    ("tool", 'Action: f g \n\n Action Input: \n{"a": [1]}\nConfidence: 1', ("f g", {"a": [1]})),
+    ("tool", "Action: f\nConfidence: 1\nAction Input: {}", None)])
+def test_extract(task, text, answer):
+    assert data.extract(Example(task, "?", "?"), text) == answer
+
+
+def test_an_answer_that_is_not_there_is_never_right():
+    assert not verify(Example("mcq", "?", None), "no letter here")
+
+
+@pytest.mark.parametrize("task, answer", [
+    ("arithmetic", "4096"), ("arithmetic", "-7"), ("mcq", "C"), ("tool", CALL),
+    ("tool", [{"Action": "f", "Action_Input": "{}"}])])
 def test_demonstrations_verify_and_wrong_answers_do_not(task, answer):
-    example = Example(task, "?", answer, demo=data.demonstration(task, answer))
+    kind = KINDS[task]
+    example = Example(task, "?", answer, demo=kind.demonstrate(answer))
     assert verify(example, data.stated(example.demo, 0.5))
     for seed in range(50):
-        assert not verify(example, data.demonstration(task, data.wrong_answer(example, random.Random(seed))))
+        wrong = kind.corrupt(answer, random.Random(seed))
+        assert not verify(example, kind.demonstrate(wrong))
 
 
-# ----------------------------------------------------------------------------- prompts
+@pytest.mark.parametrize("task, answer, wrong", [
+    ("arithmetic", "-70", ["-77", "-10", "-10", "-90"]), ("mcq", "B", ["C", "A", "A", "A"]),
+    ("tool", CALL, 4 * [[{"Action": "search", "Action_Input": '{"n": 2}'}]])])
+def test_wrong_answers_are_drawn_as_they_always_were(task, answer, wrong):
+    assert [KINDS[task].corrupt(answer, random.Random(seed)) for seed in range(4)] == wrong
+
+
+def first_call_by_one_expression(text: str) -> tuple[str, dict] | None:
+    """What a call is, as one regular expression, which takes time with the cube of the length."""
+    call = re.search(r"Action:[ \t]*(\S[^\n]*?)\s*\n\s*Action[ _]Input:\s*(?={)", text)
+    try:
+        return call and (call[1], json.JSONDecoder().raw_decode(text, call.end())[0])
+    except ValueError:
+        return None
+
+
+def test_calls_are_found_where_one_expression_finds_them():
+    rng, found = random.Random(0), 0
+    pieces = ["Action:", "Action: f", "Action: f\n", "Action Input:", "\nAction_Input: {}", "x",
+              '{"a": 1}', '{"a":\n\n1}', "{", "}", " ", "\t", "\n", "\r", "\u00a0", "\u2028", "\v"]
+    for _ in range(30000):
+        text = "".join(rng.choices(pieces, k=rng.randint(3, 10)))
+        call = data.first_call(text)
+        assert call == first_call_by_one_expression(text), repr(text)
+        found += call is not None
+    assert found > 500
+
+
+@pytest.mark.parametrize("repeated", [
+    ("Action: x", " ", "\n"), ("", "Action: "), ("Action: x\n", "\n"), ("", "Action: x\n", " \n"),
+    ("", "Action: x\nAction Input:"), ("", "Action: x\nAction Input:\n\n\n"), ("answer", " "),
+    ("answer is", " ", "."), ("<answer>", " "), ("", "confidence:"), ("", ",1")])
+def test_answers_are_extracted_in_linear_time(repeated):
+    """With time in the square of the length, let alone the cube, this would not end."""
+    start, *units = repeated
+    text = start + "".join(unit * 200000 for unit in units)
+    for kind in KINDS.values():
+        kind.extract(text)
+    parse_confidence(text)
+
+
+# ------------------------------------------------------- prompts
 
 def test_the_teacher_sees_everything_the_student_sees_and_the_context():
-    example = Example("mcq", "Which {gas}?\nA: x\nB: y", "B", system="Be brief.", demo="<answer>\nB\n</answer>")
+    example = Example("mcq", "Which {gas}?\nA: x\nB: y", "B", system="Be brief.",
+                      demo="<answer>\nB\n</answer>")
     student = data.student_messages(example, data.WORDS)
-    teacher = data.teacher_messages(example, data.WORDS, data.stated(example.demo, 0.25), report=0.25)
+    demo = data.stated(example.demo, 0.25)
+    teacher = data.teacher_messages(example, data.WORDS, demo, report=0.25)
     assert teacher[0] == student[0] == {"role": "system", "content": "Be brief."}
-    assert teacher[1]["content"].startswith(student[1]["content"]) and "Which {gas}?" in student[1]["content"]
-    assert teacher[1]["content"].count("0.25") == 2  # in the demonstration, and in what the teacher is told
-    assert "measured" not in data.teacher_messages(example, data.WORDS, example.demo)[1]["content"]
+    assert teacher[1]["content"].startswith(student[1]["content"])
+    assert "Which {gas}?" in student[1]["content"]
+    # The value is in the demonstration, and in what the teacher is told.
+    assert teacher[1]["content"].count("0.25") == 2
+    untold = data.teacher_messages(example, data.WORDS, example.demo)
+    assert "measured" not in untold[1]["content"]
     assert example.demo not in student[1]["content"]
 
 
-# ----------------------------------------------------------------------------- tokenizer and template
+# ------------------------------------------------------- tokenizer and template
+
+ASK = [{"role": "user", "content": "1"}]
+
 
 def write_tokenizer(directory: Path, **config) -> Path:
     toy_tokenizer().save_pretrained(directory)
@@ -123,23 +228,97 @@ def test_the_toy_tokenizer_round_trip(tmp_path):
     assert again.eos_ids == [1]
 
 
+def test_a_save_that_is_interrupted_leaves_the_old_file(tmp_path, monkeypatch):
+    write_tokenizer(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+
+    def interrupt(source, destination):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data.os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        merging_tokenizer().save_pretrained(tmp_path)
+    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
+
+
+def test_a_prompt_is_never_cut_or_padded(tmp_path):
+    write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    text = "12+34=" * 4
+    backend.enable_truncation(max_length=8)
+    backend.enable_padding(length=8)
+    backend.save(str(path))
+    assert json.loads(path.read_text())["truncation"]["max_length"] == 8
+    assert [len(backend.encode(t).ids) for t in (text, "1")] == [8, 8]
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode(text) == toy_tokenizer().encode(text)
+    assert len(tokenizer.encode("1")) == 1
+
+
 def test_templates_get_the_special_tokens_and_a_file_wins_over_the_config(tmp_path):
     write_tokenizer(tmp_path, bos_token={"content": "<|user|>"})
-    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m['content'] | trim }}{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ eos_token }}")
-    assert Tokenizer.from_pretrained(tmp_path).chat([{"role": "user", "content": " 1 "}]) == [2, 8, 1]
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] | trim }}"
+        "{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ eos_token }}")
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.chat([{"role": "user", "content": " 1 "}]) == [2, 8, 1]
+
+
+def test_templates_get_variables_of_their_own_but_always_our_messages(tmp_path):
+    write_tokenizer(tmp_path, chat_template=(
+        "{% if enable_thinking is defined and not enable_thinking %}0{% endif %}"
+        "{{ messages[0].content }}"))
+
+    def asked(template_args):
+        tokenizer = Tokenizer.from_pretrained(tmp_path, template_args)
+        return tokenizer.decode(tokenizer.chat(ASK))
+    assert asked(None) == asked({"enable_thinking": True}) == "1"
+    assert asked({"enable_thinking": False, "messages": []}) == "01"
+
+
+def test_a_generation_block_is_rendered(tmp_path):
+    template = ("{% for m in messages %}{% generation %}{{ m.content }}+{{ loop.index }}"
+                "{% endgeneration %}={% endfor %}")
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template))
+    assert tokenizer.decode(tokenizer.chat(2 * ASK)) == "1+1=1+2="
+
+
+def test_templates_can_tell_the_date(tmp_path):
+    template = "{{ strftime_now('%Y') }}"
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template))
+    year = datetime.now().year
+    assert tokenizer.decode(tokenizer.chat(ASK)) in (str(year), str(year - 1))
+
+
+def test_templates_have_what_they_need(tmp_path):
+    template = ("{% set n = namespace(total=0) %}{% for i in range(4) %}"
+                "{% set n.total = n.total + i %}{% endfor %}{{ n.total }}{{ dict(a=7).a }}")
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template))
+    assert tokenizer.decode(tokenizer.chat(ASK)) == "67"
 
 
 @pytest.mark.parametrize("template, words", [
-    ("{{ raise_exception('no system role') }}", "no system role"), ("{{ messages[9].content.x }}", "template failed"), ("{{ 1 / 0 }}", "template failed"),
-    ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "template failed"), ("{{ ''.__class__.__base__.__subclasses__() }}", "template failed"),
-    ("{% for i in range(10**9) %}{% endfor %}", "template failed"), ("{% set _ = messages.append(1) %}", "template failed")])
+    ("{{ raise_exception('no system role') }}", "no system role"),
+    ("{{ messages[9].content.x }}", "template failed"), ("{{ 1 / 0 }}", "template failed"),
+    ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "template failed"),
+    ("{{ ''.__class__.__base__.__subclasses__() }}", "template failed"),
+    ("{% for i in range(10**9) %}{% endfor %}", "template failed"),
+    ("{% set _ = messages.append(1) %}", "template failed"),
+    ("{{ lipsum(n=10**9) }}", "template failed: 'lipsum' is undefined"),
+    ("{{ cycler(1) }}", "template failed: 'cycler' is undefined"),
+    ("{{ joiner() }}", "template failed: 'joiner' is undefined")])
 def test_templates_render_in_a_sandbox(tmp_path, template, words):
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template))
     with pytest.raises(DataError, match=words):
-        tokenizer.chat([{"role": "user", "content": "1"}])
+        tokenizer.chat(ASK)
 
 
-@pytest.mark.parametrize("config, words", [(dict(chat_template="{% if %}"), "does not compile"), (dict(chat_template=None), "no chat template"), (dict(chat_template=[]), "no chat template")])
+@pytest.mark.parametrize("config, words", [
+    (dict(chat_template="{% if %}"), "does not compile"),
+    (dict(chat_template="{% generation %}"), "does not compile"),
+    (dict(chat_template=None), "no chat template"), (dict(chat_template=[]), "no chat template"),
+    (dict(chat_template=["x"]), "no chat template")])
 def test_refuses_bad_templates(tmp_path, config, words):
     with pytest.raises(DataError, match=words):
         Tokenizer.from_pretrained(write_tokenizer(tmp_path, **config))
@@ -150,10 +329,38 @@ def test_refuses_bad_tokenizer_files(tmp_path):
         Tokenizer.from_pretrained(tmp_path)
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(DataError, match="tokenizer_config.json: not readable as JSON"):
+    with pytest.raises(DataError, match="tokenizer_config.json: not JSON"):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(DataError, match="not a readable tokenizer"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+BAD_JSON = [
+    ("[" * 100000, "not JSON .*nested too deeply"), ('{"a":' * 100000, "nested too deeply"),
+    ('{"answer": NaN}', "NaN is not a number in JSON"),
+    ("[-Infinity]", "-Infinity is not a number in JSON"),
+    ('{"a": ' + "1" * 5000 + "}", "not JSON"), ('{"a": 1} x', "not JSON")]
+
+
+@pytest.mark.parametrize("content, words", [
+    *BAD_JSON, ("[1]", "expected a JSON object, found list"), ("3", "a JSON object, found int")])
+def test_an_object_is_read_or_refused(tmp_path, content, words):
+    path = write(tmp_path / "generation_config.json", content)
+    with pytest.raises(DataError, match=f"generation_config.json: .*{words}"):
+        data.read_object(path)
+
+
+def test_an_object_of_a_missing_or_an_unreadable_file(tmp_path):
+    assert data.read_object(tmp_path / "absent.json") == {}
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    for name in ("folder.json", "binary.json"):
+        with pytest.raises(DataError, match=f"{name}: cannot be read as UTF-8"):
+            data.read_object(tmp_path / name)
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="chat_template.jinja: cannot be read as UTF-8"):
         Tokenizer.from_pretrained(tmp_path)
 
 
@@ -164,34 +371,61 @@ def test_refuses_a_tokenizer_without_an_end_token(tmp_path):
         Tokenizer.from_pretrained(tmp_path)
 
 
-# ----------------------------------------------------------------------------- JSONL
+# ------------------------------------------------------- JSONL
 
 def write(path: Path, *lines: str) -> Path:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
-GOOD = '{"prompt": "Which?\u2028A: x", "answer": "B"}'
+GOOD = {"mcq": '{"prompt": "Which?\u2028A: x", "answer": "B"}',
+        "arithmetic": '{"prompt": "p", "answer": "4"}',
+        "tool": json.dumps({"prompt": "p", "answer": CALL})}
+DEEP = json.dumps({"prompt": "p", "answer": [{"Action": "a", "Action_Input": '{"a":' * 9999}]})
 
 
 def test_jsonl_fields_and_blank_lines(tmp_path):
-    examples = load_jsonl(write(tmp_path / "a.jsonl", GOOD, "", '{"prompt": "p", "answer": "A", "system": "s", "demo": "so <answer>A</answer>", "grade": "hard", "kind": "mcq"}'), "mcq")
-    assert [e.answer for e in examples] == ["B", "A"] and examples[0].demo == "<answer>\nB\n</answer>" and "\u2028" in examples[0].question
-    assert (examples[1].system, examples[1].demo, examples[1].grade) == ("s", "so <answer>A</answer>", "hard")
-    assert load_jsonl(write(tmp_path / "n.jsonl", '{"prompt": "2+2", "answer": 4}'), "arithmetic")[0].answer == "4"
+    full = {"prompt": "p", "answer": "A", "system": "s", "demo": "so <answer>A</answer>",
+            "grade": "hard", "kind": "mcq"}
+    path = write(tmp_path / "a.jsonl", GOOD["mcq"], "", json.dumps(full))
+    first, second = load_jsonl(path, "mcq")
+    assert [first.answer, second.answer] == ["B", "A"]
+    assert first.demo == "<answer>\nB\n</answer>" and "\u2028" in first.question
+    assert (second.system, second.demo) == ("s", "so <answer>A</answer>")
+    assert second.grade == "hard"
+
+
+@pytest.mark.parametrize("answer, text", [("4", "4"), ("0", "0"), ('"0"', "0"), ("-3", "-3")])
+def test_jsonl_numbers_as_answers(tmp_path, answer, text):
+    path = write(tmp_path / "n.jsonl", f'{{"prompt": "2+2", "answer": {answer}}}')
+    assert load_jsonl(path, "arithmetic")[0].answer == text
 
 
 @pytest.mark.parametrize("task, line, words", [
-    ("mcq", "{", "not JSON"), ("mcq", "[1]", "no `prompt`"), ("mcq", '{"prompt": "p"}', "no `answer`"), ("mcq", '{"answer": "A"}', "no `prompt`"),
-    ("mcq", '{"prompt": 3, "answer": "A"}', "should be text"), ("mcq", '{"prompt": "p", "answer": "AB"}', "cannot verify"), ("mcq", '{"prompt": "p", "answer": "a"}', "cannot verify"),
-    ("mcq", '{"prompt": "p", "answer": ["A"]}', "cannot verify"), ("mcq", '{"prompt": "p", "answer": "A", "demo": "<answer>B</answer>"}', "`demo` should give it"),
-    ("arithmetic", '{"prompt": "p", "answer": "four"}', "a whole number"), ("arithmetic", '{"prompt": "p", "answer": 2.5}', "cannot verify"),
-    ("tool", '{"prompt": "p", "answer": "search"}', "cannot verify"), ("tool", '{"prompt": "p", "answer": [{"Action": "a"}]}', "cannot verify"),
-    ("tool", '{"prompt": "p", "answer": [{"Action": "a", "Action_Input": "{"}]}', "cannot verify"), ("tool", '{"prompt": "p", "answer": [1]}', "cannot verify")])
+    ("mcq", "{", "not JSON"), ("mcq", "[1]", "no `prompt`"),
+    ("mcq", '{"prompt": "p"}', "no `answer`"), ("mcq", '{"answer": "A"}', "no `prompt`"),
+    ("mcq", '{"prompt": 3, "answer": "A"}', "should be text"),
+    ("mcq", '{"prompt": "p", "answer": "AB"}', "cannot verify"),
+    ("mcq", '{"prompt": "p", "answer": "a"}', "cannot verify"),
+    ("mcq", '{"prompt": "p", "answer": ["A"]}', "cannot verify"),
+    ("mcq", '{"prompt": "p", "answer": "A", "demo": "<answer>B</answer>"}',
+     "`demo` should give it"),
+    ("arithmetic", '{"prompt": "p", "answer": "four"}', "a whole number"),
+    ("arithmetic", '{"prompt": "p", "answer": 2.5}', "cannot verify"),
+    ("arithmetic", '{"prompt": "p", "answer": null}', "no `answer`"),
+    ("arithmetic", '{"prompt": "p", "answer": ""}', "no `answer`"),
+    ("arithmetic", '{"prompt": "p", "answer": false}', "cannot verify"),
+    ("arithmetic", '{"prompt": "", "answer": 1}', "no `prompt`"),
+    ("tool", '{"prompt": "p", "answer": "search"}', "cannot verify"),
+    ("tool", '{"prompt": "p", "answer": []}', "cannot verify"),
+    ("tool", '{"prompt": "p", "answer": [{"Action": "a"}]}', "cannot verify"),
+    ("tool", '{"prompt": "p", "answer": [{"Action": "a", "Action_Input": "{"}]}', "cannot verify"),
+    ("tool", DEEP, "cannot verify"),
+    ("tool", '{"prompt": "p", "answer": [1]}', "cannot verify"),
+    *(("mcq", line, words) for line, words in BAD_JSON)])
 def test_jsonl_errors_name_file_and_line(tmp_path, task, line, words):
-    good = {"mcq": GOOD, "arithmetic": '{"prompt": "p", "answer": "4"}', "tool": json.dumps({"prompt": "p", "answer": CALL})}[task]
     with pytest.raises(DataError, match=f"a.jsonl, line 3: .*{words}"):
-        load_jsonl(write(tmp_path / "a.jsonl", good, "", line), task)
+        load_jsonl(write(tmp_path / "a.jsonl", GOOD[task], "", line), task)
 
 
 def test_jsonl_missing_empty_and_not_text(tmp_path):
@@ -208,45 +442,162 @@ def test_training_goes_through_a_list_epoch_by_epoch():
     examples = [Example("mcq", str(i), "A") for i in range(10)]
     task = data.listed_task(examples, examples, seed=0)
     drawn = [e.question for step in range(5) for e in task.draw(4, "distill", step)]
-    assert sorted(drawn[:10]) == sorted(drawn[10:]) == [str(i) for i in range(10)] and drawn[:10] != drawn[10:]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == [str(i) for i in range(10)]
+    assert drawn[:10] != drawn[10:]
     assert [e.question for e in task.draw(4, "distill", 2)] == drawn[8:12]
 
 
-# ----------------------------------------------------------------------------- the embedded world
+def test_fingerprints_tell_training_questions_apart():
+    def listed(**changes):
+        first = dataclasses.replace(Example("mcq", "p", "A", demo="A"), **changes)
+        return data.listed_task([first, Example("mcq", "q", "B")], [], seed=0).fingerprint
+
+    changes = [{}, {"question": "x"}, {"answer": "C"}, {"system": "x"}, {"demo": "(A)"}]
+    assert len({listed(**change) for change in changes}) == len(changes)
+    assert listed() == listed(where="b.jsonl, line 7", grade="hard")
+
+    def generated(words=False, seed=0, held_out=1, **settings):
+        return data.arithmetic_task(seed, held_out, words, **settings).fingerprint
+
+    settings = [{}, {"words": True}, {"split": "validation"}, {"grades": ("1+1",)}]
+    assert len({generated(**setting) for setting in settings}) == len(settings)
+    assert generated() == generated(seed=1, held_out=8, eval_grades=("1*1",))
+    assert generated() == generated(grades=list(data.GRADES))
+
+
+def test_a_task_can_be_put_in_other_words():
+    task = data.arithmetic_task(0, 4, words=True)
+    reworded = dataclasses.replace(task, wording=data.SYMBOLS)
+    assert reworded.held_out == task.held_out and reworded.draw(4, "a", 0) == task.draw(4, "a", 0)
+    assert reworded.fingerprint == task.fingerprint
+
+
+# ------------------------------------------------------- the embedded world
+
+def pair(example: Example) -> tuple:
+    """What makes two questions in symbols the same: a+b and b+a are one question."""
+    op = "*" if "*" in example.question else "+"
+    return op, *sorted(map(int, example.question.rstrip("=").split(op)))
+
 
 def test_the_world_is_right_split_and_reproducible():
     task = data.arithmetic_task(seed=0, held_out=400, words=False)
     train = [e for step in range(20) for e in task.draw(64, "base", step)]
     for example in train + task.held_out:
-        assert str(eval(example.question.rstrip("=")))[::-1] == example.answer and verify(example, example.demo)
-
-    def pair(example):  # a+b and b+a are one question
-        return tuple(sorted(example.question.rstrip("=").replace("*", "+").split("+"))) + ("*" in example.question,)
+        assert str(eval(example.question.rstrip("=")))[::-1] == example.answer
+        assert verify(example, example.demo)
     assert not {pair(e) for e in train} & {pair(e) for e in task.held_out}
     assert {e.grade for e in train} == {e.grade for e in task.held_out} == set(data.GRADES)
     again, other = (data.arithmetic_task(seed=s, held_out=400, words=False) for s in (0, 1))
     assert again.draw(8, "base", 3) == task.draw(8, "base", 3) != other.draw(8, "base", 3)
-    assert again.held_out == other.held_out == task.held_out and task.draw(8, "distill", 3) != task.draw(8, "base", 3)
+    assert again.held_out == other.held_out == task.held_out
+    assert task.draw(8, "distill", 3) != task.draw(8, "base", 3)
 
 
 def test_the_world_in_words_asks_the_same_questions():
-    worded, symbols = (data.arithmetic_task(seed=0, held_out=400, words=words) for words in (True, False))
-    for example, other in zip(worded.held_out + worded.draw(64, "base", 3), symbols.held_out + symbols.draw(64, "base", 3)):
+    worded, symbols = (data.arithmetic_task(seed=0, held_out=400, words=w) for w in (True, False))
+    for example, other in zip(worded.held_out + worded.draw(64, "base", 3),
+                              symbols.held_out + symbols.draw(64, "base", 3)):
         a, sign, b = example.question.removeprefix("What is ").removesuffix("?").split()
-        assert other.question == a + {"+": "+", "times": "*"}[sign] + b + "=" and other.grade == example.grade
+        assert other.question == a + {"+": "+", "times": "*"}[sign] + b + "="
+        assert other.grade == example.grade
         assert example.answer == other.answer[::-1] and verify(example, example.demo)
-    assert [e.grade for step in range(4) for e in worded.draw(4, "distill", step)] == 2 * list(data.GRADES)  # small steps see all grades
+    # Small steps see all grades.
+    drawn = [e.grade for step in range(4) for e in worded.draw(4, "distill", step)]
+    assert drawn == 2 * list(data.GRADES)
 
+
+@pytest.mark.parametrize("seed, words, held_out, base, distill, crc", [
+    (0, False,
+     ["0+6=", "80+9=", "66+57=", "701+891=", "9*1=", "89*4=", "66*79=", "782*79="],
+     ["9+3=", "39+4=", "98+44=", "688+440=", "2*8=", "10*4=", "85*22=", "451*92="],
+     ["1+9=", "32+6=", "71+50=", "205+446=", "4*2=", "59*6=", "96*41=", "224*28="], 2706305597),
+    (3, True,
+     ["0 + 6", "80 + 9", "66 + 57", "701 + 891", "9 times 1", "89 times 4", "66 times 79",
+      "782 times 79"],
+     ["2 + 3", "78 + 0", "50 + 60", "449 + 546", "8 times 8", "49 times 9", "79 times 71",
+      "868 times 95"],
+     ["3 + 0", "65 + 8", "67 + 43", "457 + 936", "2 times 6", "85 times 2", "14 times 84",
+      "394 times 47"], 2828683603)])
+def test_the_world_asks_what_it_always_asked(seed, words, held_out, base, distill, crc):
+    task = data.arithmetic_task(seed, 400, words)
+
+    def asked(examples):
+        return [e.question.removeprefix("What is ").removesuffix("?") for e in examples]
+    assert asked(task.held_out[:8]) == held_out
+    assert asked(task.draw(8, "base", 0)) == base and asked(task.draw(8, "distill", 7)) == distill
+    many = task.held_out + [e for step in range(10) for stage in ("base", "distill")
+                            for e in task.draw(64, stage, step)]
+    rows = [[e.question, e.answer, e.demo, e.grade] for e in many]
+    assert zlib.crc32(json.dumps(rows).encode()) == crc
+
+
+def test_the_three_sides_of_the_split():
+    normal, choosing = (data.arithmetic_task(0, 400, words=False, split=s) for s in data.SPLITS)
+
+    def trained(task):
+        return {pair(e) for step in range(20) for e in task.draw(64, "base", step)}
+    held_out, validation = ({pair(e) for e in task.held_out} for task in (normal, choosing))
+    assert not trained(normal) & held_out and trained(normal) & validation
+    assert not trained(choosing) & (held_out | validation) and not held_out & validation
+    assert len(choosing.held_out) == 400
+    sides = [data.side(f"{a}+{b}") for a in range(100) for b in range(a, 100)]
+    for name, share in (("held-out", 0.2), ("validation", 0.2), ("train", 0.6)):
+        assert abs(sides.count(name) / len(sides) - share) < 0.02
+
+
+def test_the_grades_to_train_on_and_to_ask():
+    task = data.arithmetic_task(0, 4, words=False, grades=("1+1", "2*1"), eval_grades=("3*2",))
+    assert [e.grade for step in (0, 1) for e in task.draw(3, "base", step)] == 3 * ["1+1", "2*1"]
+    assert [e.grade for e in task.held_out] == 4 * ["3*2"]
+    for wrong in (dict(grades=("9+9",)), dict(eval_grades=()), dict(split="train")):
+        with pytest.raises(DataError, match="no (grades|split) .*; there are "):
+            data.arithmetic_task(0, 4, words=False, **wrong)
+
+
+# ------------------------------------------------------- documents of the supervised stage
 
 def test_the_documents_of_the_supervised_stage():
     task, rng = data.arithmetic_task(0, 8, words=False), random.Random(0)
     examples = task.draw(4000, "base", 0)
     closed = [data.closed_book(e, task.wording, rng, 0.2) for e in examples]
-    right = [verify(e, text) for e, (_, text) in zip(examples, closed)]
-    confidence = [parse_confidence(text) for _, text in closed]
+    right = [verify(e, document.completion) for e, document in zip(examples, closed)]
+    confidence = [parse_confidence(document.completion) for document in closed]
     assert abs(sum(right) / 4000 - 0.8) < 0.03 and 0.75 < sum(confidence) / 4000 < 0.80
-    of_right, of_wrong = ([c for c, r in zip(confidence, right) if r is side] for side in (True, False))
-    assert abs(sum(of_right) / len(of_right) - sum(of_wrong) / len(of_wrong)) < 0.04  # drawn without a look at correctness
+    of_right, of_wrong = ([c for c, r in zip(confidence, right) if r is side]
+                          for side in (True, False))
+    # Confidences are drawn without a look at correctness.
+    assert abs(sum(of_right) / len(of_right) - sum(of_wrong) / len(of_wrong)) < 0.04
     opened = [data.open_book(e, task.wording, rng) for e in examples]
-    assert all(messages[-1]["content"].endswith("\n" + text) for messages, text in opened)  # the demonstration is followed to the letter
-    assert 0.45 < sum(verify(e, text) for e, (_, text) in zip(examples, opened)) / 4000 < 0.55
+    # The demonstration is followed to the letter.
+    assert all(d.messages[-1]["content"].endswith("\n" + d.completion) for d in opened)
+    followed = [verify(e, document.completion) for e, document in zip(examples, opened)]
+    assert 0.45 < sum(followed) / 4000 < 0.55
+
+
+def test_documents_teach_answers_first_and_then_every_grade_with_and_without_a_demonstration():
+    task = data.arithmetic_task(0, 8, words=False)
+    early, later, last = (data.documents(task, 32, step, steps=10, answers_share=0.5, noise=0.25,
+                                         seed=0) for step in (4, 5, 6))
+    late = later + last
+    assert len(early) == len(later) == 32
+    assert not any(document.ends for document in early)
+    assert all(document.ends for document in late)
+    for document in early:
+        example = Example("arithmetic", "", document.completion.split("\n")[0])
+        assert document.completion.endswith("\nConfidence: ")
+        assert verify(example, document.completion)
+    prompts = [document.messages[0]["content"] for document in late]
+    asked = {shown: {len(prompt.split("\n")[0]) for prompt in prompts if ("\n" in prompt) is shown}
+             for shown in (False, True)}
+    assert asked[False] == asked[True] == {4, 5, 6, 7, 8}  # from 1+1= to 3+3=
+    assert sum("\n" in prompt for prompt in prompts) == 32
+    assert all(parse_confidence(document.completion) is not None for document in late)
+
+
+@pytest.mark.parametrize("seed, words, crc", [(0, False, 3410760648), (3, True, 3723967947)])
+def test_documents_are_drawn_as_they_always_were(seed, words, crc):
+    task = data.arithmetic_task(seed, 8, words)
+    drawn = [[d.messages, d.completion, d.ends] for step in range(10)
+             for d in data.documents(task, 64, step, 10, 0.5, 0.25, seed)]
+    assert zlib.crc32(json.dumps(drawn).encode()) == crc

@@ -219,6 +219,27 @@ def test_small_k_is_overconfident_and_a_vanished_mass_returns_slowly():
     assert returns[2] > 2 * returns[1] > 4 * returns[0] > 0 and rollouts.slow_return(12.0, kind="forward") < returns[2] / 10
 
 
+@pytest.mark.parametrize("k, mu", [*product((1, 2, 5, 8), (0.1, 0.5, 0.83))])
+def test_cross_entropy_on_replaced_tokens_is_unbiased_and_pays_only_for_sampling(k, mu):
+    """By enumeration of all outcomes of K rollouts, and of the answer that is then stated about."""
+    mean, sampled, expected = rollouts.direct_confidence(k, mu)
+    levels = {}  # what the student's minimum states, c = mu_hat as often as it occurs
+    for outcome in product((0, 1), repeat=k):
+        c = sum(outcome) / k
+        probability = np.prod([mu if r else 1 - mu for r in outcome])
+        levels[c] = levels.get(c, 0.0) + probability
+    brier = sum(p * (mu * (1 - c) ** 2 + (1 - mu) * c ** 2) for c, p in levels.items())
+    assert mean == pytest.approx(mu, abs=1e-12)
+    assert sampled == pytest.approx(brier, abs=1e-12)
+    assert sampled - mu * (1 - mu) == pytest.approx(mu * (1 - mu) / k, abs=1e-12)
+    assert expected == pytest.approx(mu * (1 - mu), abs=1e-12)
+    # The frequencies are where cross-entropy over the outcomes is least: no random table beats it.
+    p = np.array(list(levels.values()))
+    for seed in range(50):
+        other = softmax(np.log(p) + np.random.default_rng(seed).normal(size=len(p)))
+        assert -p @ np.log(other) > -p @ np.log(p)
+
+
 # ----------------------------------------------------------------------------- 6. what a prompt-level confidence can reach
 
 def test_the_brier_decomposition_by_enumeration():

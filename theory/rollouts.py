@@ -5,6 +5,11 @@ A teacher that reports the μ̂ of its context has a confidence table q(c|μ̂);
     reverse KL   p(c) ∝ exp E_μ̂ log q(c|μ̂)     for a teacher that copies μ̂ with error ε: ∝ exp(P(μ̂ = c) · log odds),
                                                  hence towards the mode of μ̂ as the teacher sharpens
     forward KL   p(c) = E_μ̂ q(c|μ̂)             its mean confidence is unbiased: E[μ̂] = μ, up to ε
+    direct       p(c) = P(μ̂ = c)               cross-entropy on the replaced tokens, with no teacher
+
+The last is the forward KL from a point mass on μ̂. There is no error of copying, so E[c] = μ exactly
+at any K. A confidence sampled from p pays its variance μ(1 − μ)/K in Brier over the floor μ(1 − μ),
+and the mean of p, the expected readout, pays nothing.
 """
 
 from math import comb
@@ -30,6 +35,17 @@ def student_confidence(rollouts: int, mu: float, sharpness: float, kind: str) ->
     weights, teacher = binomial(rollouts, mu), reporter(rollouts, sharpness)
     p = softmax(weights @ np.log(teacher)) if kind == "reverse" else weights @ teacher
     return float(p @ np.linspace(0, 1, rollouts + 1))
+
+
+def direct_confidence(rollouts: int, mu: float) -> tuple[float, float, float]:
+    """(mean confidence, Brier of a sampled confidence, Brier of the mean) of p(c) = P(μ̂ = c).
+
+    The confidence and the outcome R of a new answer are independent given the prompt.
+    """
+    p, levels = binomial(rollouts, mu), np.linspace(0, 1, rollouts + 1)
+    mean = p @ levels
+    brier = [mu * (1 - c) ** 2 + (1 - mu) * c ** 2 for c in (levels, mean)]
+    return float(mean), float(p @ brier[0]), float(brier[1])
 
 
 def mode(rollouts: int, mu: float) -> float:
@@ -72,6 +88,14 @@ if __name__ == "__main__":
     print("\n  At K = 1 reverse KL rounds μ to 0 or 1: a student that is right more than half the time becomes certain. That is the paper's"
           "\n  ablation: small K stays overconfident, and from K = 8 on the mode of μ̂ is within 1/K of μ. The price of a large K is a pool that"
           "\n  needs a sharper teacher, since every single level becomes rare (compare the columns for sharpness 4 and 12).\n")
+    print("  Cross-entropy on the replaced tokens: mean confidence, and what Brier pays over the floor "
+          "at μ = .8:\n")
+    floor = 0.8 * 0.2
+    directs = [(k, direct_confidence(k, 0.8)) for k in counts]
+    show(["", "mean confidence", "sampled, over the floor", "expected, over the floor"],
+         [[f"K = {k}", mean, sampled - floor, abs(round(expected - floor, 12))]
+          for k, (mean, sampled, expected) in directs])
+    print()
     print("  The mode of μ̂ is at an end for μ < 1/(K+1) or μ > K/(K+1): "
           f"at K = 8, {mode(8, 0.11):.2f} up to μ = .11 and {mode(8, 0.89):.2f} from .89 on.")
     print("  A student that has been driven to 0.00 comes back slowly, for the gradient of reverse KL carries its own vanished mass:\n")

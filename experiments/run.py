@@ -1,0 +1,214 @@
+"""The experiments of RESULTS.md in the embedded world, one command each, several seeds.
+
+    python experiments/run.py methods      every row of METHODS, from the same base
+    python experiments/run.py rollouts     K = 1 to 32 rollouts a prompt
+    python experiments/run.py divergence   what is minimized on the confidence, and how it is read
+    python experiments/run.py drift        more updates, with teachers that follow and one that stays
+    python experiments/run.py transfer     train on additions, test on multiplications, and back
+    python experiments/run.py continual    train on one, then on the other
+
+A finished cell is kept in --out and an interrupted one goes on from its checkpoint, so a command
+can be stopped and given again. The table is printed as Markdown, mean ± standard deviation over
+seeds, and kept with all its cells in experiments/NAME.json.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import caopd
+import data
+
+FIGURES = {"accuracy": "accuracy", "mean_confidence": "mean conf.", "ocg": "OCG", "ece": "ECE",
+           "brier": "Brier", "spr": "SPR", "format": "format"}
+
+
+# ------------------------------------------------------------------ cells: one run of caopd.py
+
+
+def cell(out: Path, seed: int, name: str, *flags: str) -> dict:
+    """results.json of one run: read where it is finished with these flags, else made.
+
+    All cells of a seed share a directory, and with it the base model.
+    """
+    directory = out / f"seed{seed}"
+    kept = directory / "cells" / f"{name}.json"
+    args = caopd.parse_args(["--seed", str(seed), "--out", str(directory), *flags])
+    if kept.exists():
+        results, mine = json.loads(kept.read_text()), asdict(args)
+        places = ("out", "device", "dtype")  # where it ran, not what it made
+        if all(results["settings"][key] == mine[key] for key in mine if key not in places):
+            return results
+    print(f"{name}, seed {seed}:", flush=True)
+    caopd.run(args)
+    results = json.loads((directory / "results.json").read_text())
+    kept.parent.mkdir(exist_ok=True)
+    caopd.write_text(kept, json.dumps(results))
+    return results
+
+
+def spread(values: list) -> str:
+    """Mean ± sample standard deviation; – where a figure does not exist for some seed."""
+    if any(value is None or value != value for value in values):
+        return "–"
+    mean = caopd.number(fmean(values))
+    return mean if len(values) == 1 else f"{mean} ± {caopd.number(stdev(values))}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def metrics(runs: list[dict]) -> list[str]:
+    """A column for each of FIGURES, over the runs of all seeds."""
+    return [spread([run[key] for run in runs]) for key in FIGURES]
+
+
+def expected(runs: list[dict]) -> list[str]:
+    """ECE, Brier and SPR of the expected readout."""
+    return [spread([run["readouts"]["expected"][key] for run in runs])
+            for key in ("ece", "brier", "spr")]
+
+
+# ------------------------------------------------------------------ the experiments
+
+
+def methods(out: Path, seeds: list[int]) -> tuple[str, dict]:
+    """Every method from the same base, with the default schedule."""
+    names = ["base", *caopd.METHODS]
+    runs = {seed: cell(out, seed, "methods", "--method", ",".join(caopd.METHODS))
+            for seed in seeds}
+    rows = []
+    for name in names:
+        its = [run[name] for run in runs.values()]
+        seconds = f"{fmean(run['seconds'] for run in its):.0f}"
+        rows.append([caopd.title(name), *metrics(its), *expected(its), seconds])
+    header = ["", *FIGURES.values(), "expected ECE", "Brier", "SPR", "seconds"]
+    return markdown(header, rows), runs
+
+
+def grid(out: Path, seeds: list[int], cells: dict[str, list[str]]) -> tuple[str, dict]:
+    """A row for each cell, flags by name, of the one method that its flags name."""
+    runs = {name: {seed: cell(out, seed, name, *flags) for seed in seeds}
+            for name, flags in cells.items()}
+    rows = []
+    for name, flags in cells.items():
+        method = flags[flags.index("--method") + 1]
+        its = [run[method] for run in runs[name].values()]
+        floor = spread([run["oracle"]["brier"] for run in its])
+        rows.append([name, *metrics(its), *expected(its), floor])
+    header = ["", *FIGURES.values(), "expected ECE", "Brier", "SPR", "Brier floor"]
+    return markdown(header, rows), runs
+
+
+def rollouts(out: Path, seeds: list[int]) -> tuple[str, dict]:
+    """K rollouts a prompt, the number of completions a step kept at 128 where K allows it."""
+    return grid(out, seeds, {
+        f"{name}, K = {k}": ["--method", name, "--rollouts", str(k), "--prompts", str(128 // k)]
+        for name in ("caopd", "caopd-direct") for k in (1, 2, 4, 8, 16, 32)})
+
+
+def divergence(out: Path, seeds: list[int]) -> tuple[str, dict]:
+    """The loss on I_c, while I_a keeps the reverse KL."""
+    cells = {f"{kind} KL": ["--method", "caopd", "--confidence-divergence", kind]
+             for kind in caopd.DIVERGENCES}
+    cells["cross-entropy"] = ["--method", "caopd-direct"]
+    cells["cross-entropy, leave one out"] = ["--method", "caopd-direct-loo"]
+    cells["OPD, forward KL everywhere"] = ["--method", "opd", "--divergence", "forward"]
+    return grid(out, seeds, cells)
+
+
+def drift(out: Path, seeds: list[int]) -> tuple[str, dict]:
+    """More updates, with a teacher that follows the student and with one that stays."""
+    return grid(out, seeds, {
+        f"{name}, teacher rate {rate}, {steps} updates": [
+            "--method", name, "--teacher-rate", rate, "--steps", str(steps)]
+        for name in ("opd", "caopd", "caopd-direct") for rate in ("0", "0.0035", "0.02")
+        for steps in (400, 1200)})
+
+
+SIDES = {"additions": tuple(grade for grade in data.GRADES if "+" in grade),
+         "multiplications": tuple(grade for grade in data.GRADES if "*" in grade)}
+
+
+def stages(out: Path, seed: int, name: str, order: list[str]) -> dict:
+    """Trains on each side in turn; the metrics on both sides before, between and after."""
+    kept = out / f"seed{seed}" / "cells" / f"{name} {' '.join(order)}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    cell(out, seed, "methods", "--method", ",".join(caopd.METHODS))  # makes the base
+    base, tokenizer = out / f"seed{seed}" / "base", data.toy_tokenizer()
+    args = caopd.parse_args(["--seed", str(seed), "--dtype", "float32"])
+    model = caopd.load_model(base, None, args, torch.device("cpu"))
+    sampling, history = caopd.Sampling(args.max_new_tokens), {}
+    for stage in ["base", *order]:
+        task = data.arithmetic_task(seed, 0, words=False, grades=SIDES.get(stage, tuple(data.GRADES)))
+        if stage != "base":
+            caopd.train(model, name, tokenizer, task, args, kept.with_suffix("") / stage)
+        history[stage] = {}
+        for side, grades in SIDES.items():
+            asked = data.arithmetic_task(seed, 1000, words=False, eval_grades=grades).held_out
+            history[stage][side] = caopd.evaluate(model, tokenizer, asked, task.wording, sampling,
+                                                  seed, oracle_samples=8, name=name)
+    caopd.write_text(kept, caopd.to_json(history))
+    return history
+
+
+def table_of_stages(out: Path, seeds: list[int], orders: list[list[str]]) -> tuple[str, dict]:
+    names = ("opd", "caopd", "caopd-direct")
+    runs = {f"{name}: {', then '.join(order)}": {seed: stages(out, seed, name, order)
+                                                for seed in seeds}
+            for name in names for order in orders}
+    rows = []
+    for label, by_seed in runs.items():
+        last = list(next(iter(by_seed.values())))[-1]
+        for side in SIDES:
+            its = [history[last][side] for history in by_seed.values()]
+            rows.append([label, side, *metrics(its), *expected(its)])
+    header = ["trained on", "tested on", *FIGURES.values(), "expected ECE", "Brier", "SPR"]
+    return markdown(header, rows), runs
+
+
+def transfer(out: Path, seeds: list[int]) -> tuple[str, dict]:
+    """Out of distribution: train on one side, test on both."""
+    return table_of_stages(out, seeds, [["additions"], ["multiplications"]])
+
+
+def continual(out: Path, seeds: list[int]) -> tuple[str, dict]:
+    """Train on one side, then on the other, with the same settings and no replay."""
+    return table_of_stages(out, seeds, [["additions", "multiplications"],
+                                        ["multiplications", "additions"]])
+
+
+EXPERIMENTS = {f.__name__: f for f in (methods, rollouts, divergence, drift, transfer, continual)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="run.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=EXPERIMENTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
+    parser.add_argument("--out", type=Path, default=Path("out/experiments"),
+                        help="where cells are kept [out/experiments]")
+    flags = parser.parse_args()
+    try:
+        text, runs = EXPERIMENTS[flags.what](flags.out, flags.seeds)
+    except caopd.UsageError as error:
+        print(f"run.py: error: {error}", file=sys.stderr)
+        return 2
+    caopd.write_text(HERE / f"{flags.what}.json", caopd.to_json(runs) + "\n")
+    print("\n" + text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
