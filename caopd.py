@@ -28,6 +28,7 @@ import os
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -176,12 +177,14 @@ def add_references(groups: list[Group], teacher: Transformer, tokenizer: Tokeniz
 class Target:
     """What is learned from one prompt: the student reads x, the teacher (x, z) or (x, z̃).
 
-    Both score the same completions. The K completions of a prompt share its keys and values.
+    Both score the same completions, which share the keys and values of the prompt. Rollouts that
+    came out the same are one completion: it is computed once and counts as often.
     """
 
     prompt: list[int]
     teacher_prompt: list[int]  # empty for a method without a teacher
-    completions: list[list[int]]  # y, or ỹ where the confidence was replaced
+    completions: list[list[int]]  # y, or ỹ where the confidence was replaced, all different
+    counts: list[int]  # how many rollouts each stands for
     answer_lengths: list[int]  # completion[:n] is I_a, completion[n:] is I_c
     truncated: list[bool]  # these have no I_c
     advantages: list[float]  # one a completion, for the policy gradient
@@ -202,17 +205,16 @@ def make_targets(group: Group, confidences: list[float] | None, advantages: list
     Returns a Target for each context that the group's rollouts are scored with. A rollout without
     one (`solution` finds no other correct rollout) is left out.
     """
-    completions, answer_lengths = [], []
-    for k, rollout in enumerate(group.rollouts):
+    scored = []  # of each rollout: ids, how many of them are I_a, truncated, advantage
+    for k, (rollout, advantage) in enumerate(zip(group.rollouts, advantages)):
         if confidences is None or rollout.truncated:
             ids, n = rollout.ids, data.split_completion(tokenizer, rollout.ids)[0]
         else:
             ids, n = data.replace_confidence(tokenizer, rollout.ids, confidences[k])
-        completions.append(ids)
-        answer_lengths.append(n)
+        scored.append((tuple(ids), n, rollout.truncated, advantage))
 
     told = None if confidences is None else fmean(confidences)
-    everyone, targets = range(len(group.rollouts)), []
+    everyone, targets = range(len(scored)), []
     if context is None:
         contexts = [(None, everyone)]
     elif context == "demo":  # a demonstration in z is sure of itself, as the paper's are
@@ -223,10 +225,10 @@ def make_targets(group: Group, confidences: list[float] | None, advantages: list
     for demo, members in contexts:
         teacher_prompt = [] if demo is None else tokenizer.chat(
             data.teacher_messages(group.example, wording, demo, report=told))
-        targets.append(Target(
-            group.prompt, teacher_prompt, [completions[k] for k in members],
-            [answer_lengths[k] for k in members], [group.rollouts[k].truncated for k in members],
-            [advantages[k] for k in members]))
+        counts = Counter(scored[k] for k in members)
+        completions, lengths, truncated, advantages = map(list, zip(*counts))
+        targets.append(Target(group.prompt, teacher_prompt, [list(ids) for ids in completions],
+                              list(counts.values()), lengths, truncated, advantages))
     return targets
 
 
@@ -342,12 +344,17 @@ DIVERGENCES = {"reverse": kl, "forward": forward_kl, "jsd": jensen_shannon}
 
 
 def loss_masks(targets: list[Target], skip_tokens: int) -> tuple[Tensor, Tensor]:
-    """I_a and I_c of Eq. 7: (answer_mask, confidence_mask), bool [M] over all completion tokens."""
+    """I_a and I_c of Eq. 7: (answer_mask, confidence_mask), int64 [M] over the completion tokens.
+
+    A token's entry is how many rollouts it stands for, 0 where it is not in the sum.
+    """
     answer, confidence = [], []
     for target in targets:
-        for ids, n, truncated in zip(target.completions, target.answer_lengths, target.truncated):
-            answer += [skip_tokens <= t < n for t in range(len(ids))]
-            confidence += [t >= max(n, skip_tokens) and not truncated for t in range(len(ids))]
+        for ids, count, n, truncated in zip(target.completions, target.counts,
+                                            target.answer_lengths, target.truncated):
+            answer += [count * (skip_tokens <= t < n) for t in range(len(ids))]
+            confidence += [count * (t >= max(n, skip_tokens) and not truncated)
+                           for t in range(len(ids))]
     return torch.tensor(answer), torch.tensor(confidence)
 
 
@@ -366,8 +373,9 @@ def accumulate_gradient(student: Transformer, teacher: Transformer | None, targe
     """
     completions, device = [target.completions for target in targets], student.device
     answer_mask, confidence_mask = (m.to(device) for m in loss_masks(targets, skip_tokens))
-    counted = answer_mask | confidence_mask  # [M]
-    is_answer = answer_mask[counted]  # [M']
+    counted = (answer_mask + confidence_mask) > 0  # [M]
+    is_answer = answer_mask[counted] > 0  # [M']
+    counts = (answer_mask + confidence_mask)[counted]  # [M']
     advantages = torch.tensor([a for target in targets
                                for ids, a in zip(target.completions, target.advantages)
                                for _ in ids], device=device)[counted]  # [M']
@@ -383,12 +391,12 @@ def accumulate_gradient(student: Transformer, teacher: Transformer | None, targe
     tokens = shared.targets[counted]  # [M']
 
     losses, gradients = [], []
-    chunks = (x.split(size) for x in (hidden.detach(), tokens, advantages, is_answer))
-    for teacher_hidden, (h, *rest) in zip(teacher_chunks, zip(*chunks)):
+    chunks = (x.split(size) for x in (hidden.detach(), counts, tokens, advantages, is_answer))
+    for teacher_hidden, (h, count, *rest) in zip(teacher_chunks, zip(*chunks)):
         with torch.no_grad():
             teacher_logits = None if teacher is None else teacher.logits(teacher_hidden)
         logits = student.logits(h.requires_grad_())
-        loss = eq7(logits, teacher_logits, *rest, answer_loss, confidence_loss)
+        loss = count * eq7(logits, teacher_logits, *rest, answer_loss, confidence_loss)
         (scale * loss.sum()).backward()
         losses.append(loss.detach())
         gradients.append(h.grad)
@@ -532,7 +540,7 @@ def summarize(groups: list[Group], targets: list[Target], loss: np.ndarray) -> d
         "confidence": fmean(stated) if stated else math.nan,
         "format": len(stated) / len(rollouts),
         "truncated": fmean(rollout.truncated for rollout in rollouts),
-        "left_out": len(rollouts) - sum(len(target.completions) for target in targets)}
+        "left_out": len(rollouts) - sum(sum(target.counts) for target in targets)}
 
 
 # ---------------------------------------------------------------- AdamW, schedules and the teacher
@@ -1065,8 +1073,8 @@ def flag(group: str, decides: str, default, help: str, choices: tuple | None = N
 class Args:
     """The command line: one field a flag. None stands for a default that DEFAULTS has."""
 
-    method: str = flag(RUN, NOTHING, "both", "what to train from the same base, separated by "
-                       "commas: " + ", ".join(METHODS) + "; `both` is opd,caopd")
+    method: str = flag(RUN, NOTHING, "opd,caopd,caopd-direct", "what to train from the same base, "
+                       "separated by commas: " + ", ".join(METHODS) + "; `both` is opd,caopd")
     task: str = flag(RUN, ALL, "arithmetic", "the questions and their verifier; mcq and tool need "
                      "--train and --eval", data.TASKS)
     model: str = flag(RUN, ALL, "", "a Hugging Face model directory, or a hub name; without it, "
@@ -1150,8 +1158,8 @@ class Args:
 
 
 DEFAULTS = {  # field: (embedded world, --model)
-    "steps": (300, 100), "prompts": (16, 32), "lr": (3e-4, 1e-5), "warmup": (30, 10),
-    "weight_decay": (0.0, 0.01), "teacher_rate": (0.0035, 0.05), "max_new_tokens": (16, 1024),
+    "steps": (400, 100), "prompts": (16, 32), "lr": (1e-3, 1e-5), "warmup": (40, 10),
+    "weight_decay": (0.0, 0.01), "teacher_rate": (0.0, 0.05), "max_new_tokens": (16, 1024),
     "sft_steps": (900, 0), "sft_documents": (128, 32), "sft_lr": (3e-3, 2e-4),
     "sft_noise": (0.25, 0.2), "sft_answers": (0.6, 0.0), "eval_questions": (2000, 500),
     "paper_samples": (8, 4), "oracle": (8, 4), "micro_tokens": (16384, 4096)}

@@ -290,8 +290,9 @@ def random_step(model: Transformer, teacher: Transformer, prompt: int, samples: 
     began = wait(device)
     completions = generate(model, [ids], new, num_samples=samples)
     sampled = wait(device)
-    target = caopd.Target(ids, ids, completions, answer_lengths=[new] * samples,
-                          truncated=[False] * samples, advantages=[0.0] * samples)
+    target = caopd.Target(ids, ids, completions, counts=[1] * samples,
+                          answer_lengths=[new] * samples, truncated=[False] * samples,
+                          advantages=[0.0] * samples)
     caopd.accumulate_gradient(model, teacher, [target], caopd.kl, caopd.kl, skip_tokens=0,
                               scale=1.0)
     return sampled - began, wait(device) - sampled

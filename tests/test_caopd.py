@@ -406,13 +406,14 @@ def test_replacement_touches_nothing_but_the_confidence(world):
         (opd,), (ours,) = (targets_of([group], tokenizer, task, f) for f in (None, caopd.mu_hat))
         assert opd.completions == [rollout.ids for rollout in group.rollouts]
         assert ours.prompt == opd.prompt == group.prompt
-        assert ours.answer_lengths == opd.answer_lengths
-        assert ours.truncated == [rollout.truncated for rollout in group.rollouts]
-        for sampled, replaced, n, truncated in zip(opd.completions, ours.completions,
-                                                   ours.answer_lengths, ours.truncated):
-            assert replaced[:n] == sampled[:n]
+        assert sum(ours.counts) == sum(opd.counts) == 4
+        kept = {(tuple(ids[:n]), n, cut) for ids, n, cut in zip(
+            opd.completions, opd.answer_lengths, opd.truncated)}
+        assert kept == {(tuple(ids[:n]), n, cut) for ids, n, cut in zip(
+            ours.completions, ours.answer_lengths, ours.truncated)}
+        for replaced, truncated in zip(ours.completions, ours.truncated):
             if truncated:
-                assert replaced == sampled and sampled[-1] != END
+                assert replaced in opd.completions and replaced[-1] != END
             else:
                 assert data.parse_confidence(tokenizer.decode(replaced)) == 0.25
                 assert replaced[-1] == END
@@ -439,7 +440,7 @@ def test_each_rollout_states_its_own_leave_one_out_estimate(world):
     group = hand_made(tokenizer, "7*8=", "65", "65", "6\nConfidence: 0.50", "7", "65", "1~")
     (target,) = targets_of([group], tokenizer, task, caopd.leave_one_out)
     stated = [data.parse_confidence(tokenizer.decode(ids)) for ids in target.completions]
-    assert stated == [0.25, 0.5, 0.5, 0.25, None]
+    assert stated == [0.25, 0.5, 0.5, None] and target.counts == [2, 1, 1, 1]
     assert data.parse_confidence(tokenizer.decode(target.teacher_prompt)) == 0.4  # mu_hat
 
 
@@ -747,8 +748,9 @@ def plain_loss(student: Transformer, teacher: Transformer | None, targets: list[
     """The plain way: each completion in a forward pass of its own, all its logits at once."""
     answer = confidence = torch.zeros(())
     for target in targets:
-        for y, n, truncated, advantage in zip(target.completions, target.answer_lengths,
-                                              target.truncated, target.advantages):
+        for y, count, n, truncated, advantage in zip(
+                target.completions, target.counts, target.answer_lengths, target.truncated,
+                target.advantages):
             s = student(torch.tensor([target.prompt + y]))[0, len(target.prompt) - 1:-1]
             t = None
             if teacher is not None:
@@ -759,9 +761,9 @@ def plain_loss(student: Transformer, teacher: Transformer | None, targets: list[
             on_answer, on_confidence = answer_loss(*inputs), confidence_loss(*inputs)
             for position in range(skip_tokens, len(y)):
                 if position < n:
-                    answer = answer + on_answer[position]
+                    answer = answer + count * on_answer[position]
                 elif not truncated:
-                    confidence = confidence + on_confidence[position]
+                    confidence = confidence + count * on_confidence[position]
     return answer, confidence
 
 
@@ -849,11 +851,36 @@ def test_no_gradient_reaches_the_teacher_and_equal_contexts_give_no_loss(world):
 
 
 def test_masks_by_hand():
-    target = Target([1], [1], [[5, 6, 7, 1], [5, 6, 7], [1]], [2, 2, 0], [False, True, False],
-                    [0.0] * 3)
+    target = Target([1], [1], [[5, 6, 7, 1], [5, 6, 7], [1]], [3, 1, 1], [2, 2, 0],
+                    [False, True, False], [0.0] * 3)
     answer, confidence = caopd.loss_masks([target], 1)
-    assert answer.int().tolist() == [0, 1, 0, 0] + [0, 1, 0] + [0]
-    assert confidence.int().tolist() == [0, 0, 1, 1] + [0, 0, 0] + [0]
+    assert answer.tolist() == [0, 3, 0, 0] + [0, 1, 0] + [0]
+    assert confidence.tolist() == [0, 0, 3, 3] + [0, 0, 0] + [0]
+
+
+@pytest.mark.parametrize("confidence", [None, caopd.mu_hat])
+def test_rollouts_that_came_out_the_same_are_scored_once_and_count_as_often(world, confidence):
+    _, tokenizer, task, student, teacher = world
+    group = hand_made(tokenizer, "12+34=", "64", "64\nConfidence: 0.90", "54\nConfidence: 0.70",
+                      "64\nConfidence: 0.90", "64\nConfidence: 0.20", "64\nConfidence: 0.90")
+    target, = targets_of([group], tokenizer, task, confidence)
+    assert target.counts == ([3, 1, 1] if confidence is None else [4, 1])
+    together = accumulate_gradient(student, teacher, [target], caopd.kl, caopd.kl, 0, 0.0)
+    apart = [dataclasses.replace(target, completions=[ids], counts=[1], answer_lengths=[n],
+                                 truncated=[False], advantages=[0.0])
+             for ids, count, n in zip(target.completions, target.counts, target.answer_lengths)
+             for _ in range(count)]
+    assert len(apart) == 5
+    each = accumulate_gradient(student, teacher, apart, caopd.kl, caopd.kl, 0, 0.0)
+    assert together == pytest.approx(each, rel=1e-5)
+
+
+def test_what_differs_in_its_parts_is_not_merged(world):
+    """The same tokens may belong to I_a in one rollout and to I_c in another."""
+    _, tokenizer, task, *_ = world
+    group = hand_made(tokenizer, "12+34=", "64", "64", "64")
+    targets = make_targets(group, None, [1.0, -1.0], tokenizer, task.wording, None)
+    assert targets[0].counts == [1, 1] and targets[0].advantages == [1.0, -1.0]
 
 
 # ----------------------------------------------------------------------------- the methods
@@ -1208,7 +1235,8 @@ def test_end_to_end_both_methods(tmp_path, capsys):
                   "gap closed", "temperature 0.6 and top-p 0.95"):
         assert words in printed
     assert [(row["stage"], row["step"]) for row in metrics(tmp_path / "a")] == \
-        [("base", s) for s in range(6)] + [(m, s) for m in ("opd", "caopd") for s in range(4)]
+        [("base", s) for s in range(6)] + [
+            (m, s) for m in ("opd", "caopd", "caopd-direct") for s in range(4)]
     assert not list((tmp_path / "a").glob("**/*.tmp"))
     assert not list((tmp_path / "a").glob("**/checkpoint*"))
 
