@@ -688,6 +688,14 @@ def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: "Args"
 # ------------------------------------------------------------------------- what survives a crash
 
 
+TROUBLE = {  # figure of a step: when something is wrong, and what to try
+    "format": (lambda share: share < 0.5, "over half of the completions state no confidence; a "
+               "teacher that drifts does that (--teacher-rate 0), and so does a model that never "
+               "learned the format (--sft-steps)"),
+    "truncated": (lambda share: share > 0.5, "over half of the completions are cut off; raise "
+                  "--max-new-tokens")}
+
+
 class Stage:
     """What surrounds a training loop: it resumes, shows progress, logs, and saves checkpoints.
 
@@ -704,7 +712,7 @@ class Stage:
             pairs = zip(optimizer.parameters, teacher.parameters())  # offloading renames layers
             self.tensors |= {f"teacher.{key}": weight for key, weight in pairs}
         self.device = next(iter(optimizer.parameters.values())).device
-        self.start = self.resume()
+        self.start, self.warned = self.resume(), set()
         self.drop_rows_from(self.start)
 
     def steps(self, total: int) -> Iterator[int]:
@@ -715,7 +723,7 @@ class Stage:
         yield from self.bar
 
     def log(self, step: int, row: dict) -> None:
-        """Appends a line to metrics.jsonl and shows the row's main figures beside the bar."""
+        """Appends a line to metrics.jsonl, shows its main figures, and says, once, what is wrong."""
         now = time.perf_counter()
         row = {"stage": self.name, "step": step} | row | {"seconds": now - self.began}
         self.began = now
@@ -724,6 +732,10 @@ class Stage:
         shown = {"accuracy": "accuracy", "confidence": "says", "loss": "loss"}
         self.bar.set_postfix_str(", ".join(f"{word} {row[key]:.2f}" for key, word in shown.items()
                                            if key in row))
+        for key, (wrong, words) in TROUBLE.items():
+            if key in row and key not in self.warned and wrong(row[key]):
+                self.warned.add(key)
+                tqdm.write(f"{self.name}, step {step}: {words}.")
 
     def save_if_due(self, step: int) -> None:
         if (step + 1) % self.save_every and step + 1 < self.total:
@@ -1158,11 +1170,11 @@ class Args:
 
 
 DEFAULTS = {  # field: (embedded world, --model)
-    "steps": (400, 100), "prompts": (16, 32), "lr": (1e-3, 1e-5), "warmup": (40, 10),
+    "steps": (600, 100), "prompts": (16, 32), "lr": (6e-4, 1e-5), "warmup": (40, 10),
     "weight_decay": (0.0, 0.01), "teacher_rate": (0.0, 0.05), "max_new_tokens": (16, 1024),
     "sft_steps": (900, 0), "sft_documents": (128, 32), "sft_lr": (3e-3, 2e-4),
     "sft_noise": (0.25, 0.2), "sft_answers": (0.6, 0.0), "eval_questions": (2000, 500),
-    "paper_samples": (8, 4), "oracle": (8, 4), "micro_tokens": (16384, 4096)}
+    "paper_samples": (4, 4), "oracle": (4, 4), "micro_tokens": (16384, 4096)}
 
 
 class UsageError(ValueError):
@@ -1176,7 +1188,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(argv: list[str] | None) -> Args:
     """Reads the command line into Args and fills in DEFAULTS. Raises UsageError."""
-    parser = Parser(prog="caopd.py", description=__doc__,
+    parser = Parser(prog="caopd.py", usage="caopd.py [--flag value ...]", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {}
     for field in dataclasses.fields(Args):

@@ -1,5 +1,6 @@
 """The experiments of RESULTS.md in the embedded world, one command each, several seeds.
 
+    python experiments/run.py default      what `python caopd.py` does, for every seed
     python experiments/run.py methods      every row of METHODS, from the same base
     python experiments/run.py rollouts     K = 1 to 32 rollouts a prompt
     python experiments/run.py divergence   what is minimized on the confidence, and how it is read
@@ -27,6 +28,7 @@ sys.path.insert(0, str(HERE.parent))
 import caopd
 import data
 
+EXPECTED = "expected ECE", "Brier", "SPR"
 FIGURES = {"accuracy": "accuracy", "mean_confidence": "mean conf.", "ocg": "OCG", "ece": "ECE",
            "brier": "Brier", "spr": "SPR", "format": "format"}
 
@@ -82,17 +84,32 @@ def expected(runs: list[dict]) -> list[str]:
 # ------------------------------------------------------------------ the experiments
 
 
+DEFAULT = caopd.Args.method  # what a run without arguments trains
+
+
+def default(out: Path, seeds: list[int]) -> tuple[str, dict]:
+    """The run without arguments: stated confidence, the expected one, and the yardsticks."""
+    return table_of_methods({seed: cell(out, seed, "default", "--method", DEFAULT)
+                             for seed in seeds})
+
+
 def methods(out: Path, seeds: list[int]) -> tuple[str, dict]:
     """Every method from the same base, with the default schedule."""
-    names = ["base", *caopd.METHODS]
-    runs = {seed: cell(out, seed, "methods", "--method", ",".join(caopd.METHODS))
-            for seed in seeds}
+    others = [name for name in caopd.METHODS if name not in DEFAULT.split(",")]
+    return table_of_methods({
+        seed: cell(out, seed, "default", "--method", DEFAULT)
+        | cell(out, seed, "others", "--method", ",".join(others)) for seed in seeds})
+
+
+def table_of_methods(runs: dict[int, dict]) -> tuple[str, dict]:
     rows = []
-    for name in names:
-        its = [run[name] for run in runs.values()]
-        seconds = f"{fmean(run['seconds'] for run in its):.0f}"
-        rows.append([caopd.title(name), *metrics(its), *expected(its), seconds])
-    header = ["", *FIGURES.values(), "expected ECE", "Brier", "SPR", "seconds"]
+    for name in ("base", *caopd.METHODS):
+        its = [run[name] for run in runs.values() if name in run]
+        if its:
+            floor = spread([run["oracle"]["brier"] for run in its])
+            seconds = f"{fmean(run['seconds'] for run in its):.0f}"
+            rows.append([caopd.title(name), *metrics(its), *expected(its), floor, seconds])
+    header = ["", *FIGURES.values(), *EXPECTED, "Brier floor", "seconds"]
     return markdown(header, rows), runs
 
 
@@ -106,15 +123,15 @@ def grid(out: Path, seeds: list[int], cells: dict[str, list[str]]) -> tuple[str,
         its = [run[method] for run in runs[name].values()]
         floor = spread([run["oracle"]["brier"] for run in its])
         rows.append([name, *metrics(its), *expected(its), floor])
-    header = ["", *FIGURES.values(), "expected ECE", "Brier", "SPR", "Brier floor"]
+    header = ["", *FIGURES.values(), *EXPECTED, "Brier floor"]
     return markdown(header, rows), runs
 
 
 def rollouts(out: Path, seeds: list[int]) -> tuple[str, dict]:
-    """K rollouts a prompt, the number of completions a step kept at 128 where K allows it."""
+    """CaOPD with K rollouts a prompt, and always 128 completions a step."""
     return grid(out, seeds, {
-        f"{name}, K = {k}": ["--method", name, "--rollouts", str(k), "--prompts", str(128 // k)]
-        for name in ("caopd", "caopd-direct") for k in (1, 2, 4, 8, 16, 32)})
+        f"caopd, K = {k}": ["--method", "caopd", "--rollouts", str(k), "--prompts", str(128 // k)]
+        for k in (1, 2, 4, 8, 16, 32)})
 
 
 def divergence(out: Path, seeds: list[int]) -> tuple[str, dict]:
@@ -133,7 +150,7 @@ def drift(out: Path, seeds: list[int]) -> tuple[str, dict]:
         f"{name}, teacher rate {rate}, {steps} updates": [
             "--method", name, "--teacher-rate", rate, "--steps", str(steps)]
         for name in ("opd", "caopd", "caopd-direct") for rate in ("0", "0.0035", "0.02")
-        for steps in (400, 1200)})
+        for steps in (600, 1200)})
 
 
 SIDES = {"additions": tuple(grade for grade in data.GRADES if "+" in grade),
@@ -145,7 +162,7 @@ def stages(out: Path, seed: int, name: str, order: list[str]) -> dict:
     kept = out / f"seed{seed}" / "cells" / f"{name} {' '.join(order)}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    cell(out, seed, "methods", "--method", ",".join(caopd.METHODS))  # makes the base
+    cell(out, seed, "default", "--method", DEFAULT)  # makes the base
     base, tokenizer = out / f"seed{seed}" / "base", data.toy_tokenizer()
     args = caopd.parse_args(["--seed", str(seed), "--dtype", "float32"])
     model = caopd.load_model(base, None, args, torch.device("cpu"))
@@ -174,7 +191,7 @@ def table_of_stages(out: Path, seeds: list[int], orders: list[list[str]]) -> tup
         for side in SIDES:
             its = [history[last][side] for history in by_seed.values()]
             rows.append([label, side, *metrics(its), *expected(its)])
-    header = ["trained on", "tested on", *FIGURES.values(), "expected ECE", "Brier", "SPR"]
+    header = ["trained on", "tested on", *FIGURES.values(), *EXPECTED]
     return markdown(header, rows), runs
 
 
@@ -189,7 +206,8 @@ def continual(out: Path, seeds: list[int]) -> tuple[str, dict]:
                                         ["multiplications", "additions"]])
 
 
-EXPERIMENTS = {f.__name__: f for f in (methods, rollouts, divergence, drift, transfer, continual)}
+EXPERIMENTS = {f.__name__: f for f in (default, methods, rollouts, divergence, drift, transfer,
+                                       continual)}
 
 
 def main() -> int:

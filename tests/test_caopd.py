@@ -1342,6 +1342,13 @@ def test_a_run_goes_on_under_flags_that_decide_nothing(tmp_path, whole_runs, cap
         assert all(torch.equal(a, b) for a, b in pairs), name
 
 
+def test_a_run_that_falls_apart_says_so_once(tmp_path, capsys):
+    run(tmp_path, "--method", "opd", "--max-new-tokens", "2", "--temperature", "5")
+    printed = capsys.readouterr().out
+    assert printed.count("state no confidence") == printed.count("are cut off") == 1
+    assert "opd, step 0: over half" in printed
+
+
 def test_a_checkpoint_of_other_settings_is_not_taken(tmp_path):
     args = dataclasses.replace(parse_args([*TINY, "--out", str(tmp_path)]), dtype="float32")
     task = data.arithmetic_task(0, 4, words=False)
