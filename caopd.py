@@ -707,6 +707,7 @@ class Stage:
                  teacher: Transformer | None, save_every: int):
         self.name, self.settings, self.save_every = name, settings, save_every
         self.path, self.metrics = out / name / "checkpoint.safetensors", out / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.tensors = optimizer.tensors()
         if teacher is not None:
             pairs = zip(optimizer.parameters, teacher.parameters())  # offloading renames layers
@@ -723,7 +724,7 @@ class Stage:
         yield from self.bar
 
     def log(self, step: int, row: dict) -> None:
-        """Appends a line to metrics.jsonl, shows its main figures, and says, once, what is wrong."""
+        """Appends a line to metrics.jsonl, shows its main figures, says once what is wrong."""
         now = time.perf_counter()
         row = {"stage": self.name, "step": step} | row | {"seconds": now - self.began}
         self.began = now
@@ -740,7 +741,6 @@ class Stage:
     def save_if_due(self, step: int) -> None:
         if (step + 1) % self.save_every and step + 1 < self.total:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
         metadata = {"step": str(step + 1), "settings": json.dumps(self.settings)}
         save_file(tensors, self.path.with_suffix(".tmp"), metadata=metadata)

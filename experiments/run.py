@@ -167,7 +167,8 @@ def stages(out: Path, seed: int, name: str, order: list[str]) -> dict:
     model = caopd.load_model(base, None, args, torch.device("cpu"))
     sampling, history = caopd.Sampling(args.max_new_tokens), {}
     for stage in ["base", *order]:
-        task = data.arithmetic_task(seed, 0, words=False, grades=SIDES.get(stage, tuple(data.GRADES)))
+        grades = SIDES.get(stage, tuple(data.GRADES))
+        task = data.arithmetic_task(seed, 0, words=False, grades=grades)
         if stage != "base":
             caopd.train(model, name, tokenizer, task, args, kept.with_suffix("") / stage)
         history[stage] = {}
