@@ -509,7 +509,7 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         generator = seeded(args.seed, "rounding", step, student.device)
         lr = args.lr * warmup_cosine(step, args.steps, args.warmup)
         grad_norm = optimizer.step(step, lr, generator)
-        if teacher is not None:
+        if teacher is not None and args.teacher_rate > 0:
             ema_update(teacher, student, args.teacher_rate, generator)
 
         stage.log(step, summarize(groups, targets, loss / num_tokens)
@@ -774,14 +774,7 @@ class Stage:
                 continue  # the last line of a run that was killed while writing
             if row.get("stage") != self.name or row["step"] < step:
                 kept.append(line + "\n")
-        write_text(self.metrics, "".join(kept))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is complete or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        data.write_text(self.metrics, "".join(kept))
 
 
 def to_json(value, indent: int | None = None) -> str:
@@ -958,13 +951,14 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     p = confidence_distribution(model, tokenizer, groups, sampling.tokens_at_once)
     c, r, grades = confidence.ravel(), correct.ravel(), np.repeat(
         [group.example.grade for group in groups], samples)
-    figures = calibration(c, r) | {
+    stated = calibration(c, r)
+    figures = stated | {
         "questions": len(groups), "stderr": bootstrap(confidence, correct),
         "truncated": fmean(rollout.truncated for group in groups for rollout in group.rollouts),
         "by_grade": {str(grade): calibration(c[grades == grade], r[grades == grade])
                      for grade in dict.fromkeys(grades)},
         "reliability": reliability(c, r),
-        "readouts": {"stated": calibration(c, r), "greedy": calibration(VALUES[p.argmax(1)], r),
+        "readouts": {"stated": stated, "greedy": calibration(VALUES[p.argmax(1)], r),
                      "expected": calibration((p @ VALUES).clip(0, 1), r)}}
     if oracle_samples:
         generator = seeded(seed, "evaluation", oracle_samples, model.device)
@@ -1502,13 +1496,10 @@ def make_base(origin: Path | None, config: Config, tokenizer: Tokenizer, task: T
     A base that was made with the same settings is used again.
     """
     if origin and not args.sft_steps:
-        load_model(origin, config, args, device)  # refuses a broken model before --out is made
-        make_writable(out)
         return origin
     base, identity = out / "base", json.dumps(settings(args, "base", task), indent=2)
     made = base / "settings.json"
     if made.exists() and made.read_text() == identity:
-        make_writable(out)
         print(f"Reusing the base model in {base}: it was made with the same settings.")
         return base
     model = load_model(origin, config, args, device)
@@ -1533,11 +1524,12 @@ def run(args: Args) -> dict:
     check_memory(config, task, tokenizer, args, device)
     start = make_base(origin, config, tokenizer, task, args, device, out)
 
-    results, sampling = {}, Sampling(args.max_new_tokens, args.eval_temperature, args.eval_top_p,
-                                     SAMPLED * args.micro_tokens)
+    results, sampling = {}, replace(rollout_sampling(args), temperature=args.eval_temperature,
+                                    top_p=args.eval_top_p)
     for name in ("base", *args.method.split(",")):
         model, started = load_model(start, config, args, device), time.perf_counter()
         if name == "base":
+            make_writable(out)  # only now: a broken model is refused before anything is written
             weights = sum(p.numel() for p in model.parameters())
             print(f"{args.model or 'The embedded world'}: {weights:,} parameters in {args.dtype} "
                   f"on {device}, {len(task.held_out)} {args.split} questions, seed {args.seed}.")
@@ -1552,7 +1544,7 @@ def run(args: Args) -> dict:
 
     seconds = time.perf_counter() - began
     everything = results | {"settings": dataclasses.asdict(args), "seconds": seconds}
-    write_text(out / "results.json", to_json(everything, indent=2) + "\n")
+    data.write_text(out / "results.json", to_json(everything, indent=2) + "\n")
     print(f"\n{table(results)}\n\n{readout_table(results)}\n\n{grade_table(results)}\n\n"
           f"{diagram(results)}")
     if args.paper_samples:

@@ -380,9 +380,7 @@ class Tokenizer:
                               ("generation_config.json", self.generation)):
             files[name] = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         for name, text in files.items():
-            unfinished = directory / f"{name}.tmp"
-            unfinished.write_text(text, encoding="utf-8")
-            os.replace(unfinished, directory / name)
+            write_text(directory / name, text)
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without any that mark its beginning or end."""
@@ -435,6 +433,13 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is complete or, if the writing is cut short, not there."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def parse_json(text: str, where: str) -> object:

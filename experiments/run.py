@@ -29,8 +29,6 @@ import caopd
 import data
 
 EXPECTED = "expected ECE", "Brier", "SPR"
-FIGURES = {"accuracy": "accuracy", "mean_confidence": "mean conf.", "ocg": "OCG", "ece": "ECE",
-           "brier": "Brier", "spr": "SPR", "format": "format"}
 
 
 # ------------------------------------------------------------------ cells: one run of caopd.py
@@ -53,7 +51,7 @@ def cell(out: Path, seed: int, name: str, *flags: str) -> dict:
     caopd.run(args)
     results = json.loads((directory / "results.json").read_text())
     kept.parent.mkdir(exist_ok=True)
-    caopd.write_text(kept, json.dumps(results))
+    data.write_text(kept, json.dumps(results))
     return results
 
 
@@ -71,8 +69,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def metrics(runs: list[dict]) -> list[str]:
-    """A column for each of FIGURES, over the runs of all seeds."""
-    return [spread([run[key] for run in runs]) for key in FIGURES]
+    """A column for each of caopd.COLUMNS, over the runs of all seeds."""
+    return [spread([run[key] for run in runs]) for key in caopd.COLUMNS]
 
 
 def expected(runs: list[dict]) -> list[str]:
@@ -109,7 +107,7 @@ def table_of_methods(runs: dict[int, dict]) -> tuple[str, dict]:
             floor = spread([run["oracle"]["brier"] for run in its])
             seconds = f"{fmean(run['seconds'] for run in its):.0f}"
             rows.append([caopd.title(name), *metrics(its), *expected(its), floor, seconds])
-    header = ["", *FIGURES.values(), *EXPECTED, "Brier floor", "seconds"]
+    header = ["", *caopd.COLUMNS.values(), *EXPECTED, "Brier floor", "seconds"]
     return markdown(header, rows), runs
 
 
@@ -123,7 +121,7 @@ def grid(out: Path, seeds: list[int], cells: dict[str, list[str]]) -> tuple[str,
         its = [run[method] for run in runs[name].values()]
         floor = spread([run["oracle"]["brier"] for run in its])
         rows.append([name, *metrics(its), *expected(its), floor])
-    header = ["", *FIGURES.values(), *EXPECTED, "Brier floor"]
+    header = ["", *caopd.COLUMNS.values(), *EXPECTED, "Brier floor"]
     return markdown(header, rows), runs
 
 
@@ -176,7 +174,7 @@ def stages(out: Path, seed: int, name: str, order: list[str]) -> dict:
             asked = data.arithmetic_task(seed, 1000, words=False, eval_grades=grades).held_out
             history[stage][side] = caopd.evaluate(model, tokenizer, asked, task.wording, sampling,
                                                   seed, oracle_samples=8, name=name)
-    caopd.write_text(kept, caopd.to_json(history))
+    data.write_text(kept, caopd.to_json(history))
     return history
 
 
@@ -191,7 +189,7 @@ def table_of_stages(out: Path, seeds: list[int], orders: list[list[str]]) -> tup
         for side in SIDES:
             its = [history[last][side] for history in by_seed.values()]
             rows.append([label, side, *metrics(its), *expected(its)])
-    header = ["trained on", "tested on", *FIGURES.values(), *EXPECTED]
+    header = ["trained on", "tested on", *caopd.COLUMNS.values(), *EXPECTED]
     return markdown(header, rows), runs
 
 
@@ -223,7 +221,7 @@ def main() -> int:
     except caopd.UsageError as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2
-    caopd.write_text(HERE / f"{flags.what}.json", caopd.to_json(runs) + "\n")
+    data.write_text(HERE / f"{flags.what}.json", caopd.to_json(runs) + "\n")
     print("\n" + text)
     return 0
 
