@@ -45,8 +45,9 @@ from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 import data
-from data import DataError, Example, Task, Tokenizer, Wording
-from model import Config, ModelError, SharedPrefix, Transformer, activation_bytes, generate
+from data import Example, Task, Tokenizer, Wording
+from files import BadInput, write_text
+from model import Config, SharedPrefix, Transformer, activation_bytes, generate
 
 # ------------------------------------------------------------------- Algorithm 1, step 1: rollout
 
@@ -774,7 +775,7 @@ class Stage:
                 continue  # the last line of a run that was killed while writing
             if row.get("stage") != self.name or row["step"] < step:
                 kept.append(line + "\n")
-        data.write_text(self.metrics, "".join(kept))
+        write_text(self.metrics, "".join(kept))
 
 
 def to_json(value, indent: int | None = None) -> str:
@@ -1171,7 +1172,7 @@ DEFAULTS = {  # field: (embedded world, --model)
     "paper_samples": (4, 4), "oracle": (4, 4), "micro_tokens": (16384, 4096)}
 
 
-class UsageError(ValueError):
+class UsageError(BadInput):
     """A request that cannot be served; the message names the flag or file, and what to do."""
 
 
@@ -1544,7 +1545,7 @@ def run(args: Args) -> dict:
 
     seconds = time.perf_counter() - began
     everything = results | {"settings": dataclasses.asdict(args), "seconds": seconds}
-    data.write_text(out / "results.json", to_json(everything, indent=2) + "\n")
+    write_text(out / "results.json", to_json(everything, indent=2) + "\n")
     print(f"\n{table(results)}\n\n{readout_table(results)}\n\n{grade_table(results)}\n\n"
           f"{diagram(results)}")
     if args.paper_samples:
@@ -1564,7 +1565,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         run(parse_args(argv))
-    except (UsageError, DataError, ModelError) as error:
+    except BadInput as error:
         print("caopd.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -7,7 +7,6 @@ chat template, the files that questions are read from, the embedded world of sma
 """
 
 import json
-import os
 import random
 import re
 import zlib
@@ -23,8 +22,10 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
+from files import BadInput, parse_json, read_object, read_text, write_text
 
-class DataError(ValueError):
+
+class DataError(BadInput):
     """A file, an example or a tokenizer that cannot be used. The message says which, and why."""
 
 
@@ -425,51 +426,6 @@ def read_backend(directory: Path) -> tokenizers.Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def read_text(path: Path) -> str:
-    """Returns a file's text. Raises DataError where it cannot be read as UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is complete or, if the writing is cut short, not there."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
-def parse_json(text: str, where: str) -> object:
-    """Parses JSON in the strict sense, which has no NaN and no Infinity.
-
-    where: what the message names, a file or a line of one.
-    Raises DataError for anything else, nesting too deep to follow included.
-    """
-    def refuse(constant: str):
-        raise ValueError(f"{constant} is not a number in JSON")
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except RecursionError:
-        raise DataError(f"{where}: not JSON that can be read (it is nested too deeply)") from None
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error})") from None
-
-
-def read_object(path: Path) -> dict:
-    """Returns the JSON object in a file, or {} where there is no such file.
-
-    Raises DataError where the file cannot be read, is not JSON, or holds something else.
-    """
-    if not path.exists():
-        return {}
-    content = parse_json(read_text(path), str(path))
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 class GenerationBlock(jinja2.ext.Extension):

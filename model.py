@@ -39,8 +39,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from files import BadInput, read_object
 
-class ModelError(ValueError):
+
+class ModelError(BadInput):
     """A model directory or a request that cannot be served; the message is for the user."""
 
 
@@ -82,7 +84,7 @@ class Config:
         not compute.
         """
         path = Path(directory) / "config.json"
-        raw = read_json(path)
+        raw = read_object(path, required=True)
         refuse_variants(path, raw)
         fields = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
         fields["rope_theta"], fields["rope_scaling"] = rope_parameters(path, raw)
@@ -108,19 +110,6 @@ class Config:
             del raw["sliding_window"], raw["layer_types"]
         return raw | {"architectures": [ARCHITECTURES[self.model_type]], "hidden_act": "silu",
                       "attention_bias": False, "use_sliding_window": False}
-
-
-def read_json(path: Path) -> dict:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path.parent}: no {path.name} there; "
-                         "pass a Hugging Face model directory") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return raw
 
 
 def refuse_variants(path: Path, raw: dict) -> None:
@@ -517,7 +506,7 @@ def weight_files(directory: Path) -> list[Path]:
     """The directory's safetensors files: the shards that the index names, or the single file."""
     index, files = directory / "model.safetensors.index.json", [directory / "model.safetensors"]
     if index.exists():
-        shards = read_json(index).get("weight_map")
+        shards = read_object(index).get("weight_map")
         if not (isinstance(shards, dict)
                 and all(isinstance(s, str) and s == Path(s).name for s in shards.values())):
             raise ModelError(f"{index}: weight_map must map tensor names to file names "

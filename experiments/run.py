@@ -27,6 +27,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import caopd
 import data
+from files import BadInput, write_text
 
 EXPECTED = "expected ECE", "Brier", "SPR"
 
@@ -51,7 +52,7 @@ def cell(out: Path, seed: int, name: str, *flags: str) -> dict:
     caopd.run(args)
     results = json.loads((directory / "results.json").read_text())
     kept.parent.mkdir(exist_ok=True)
-    data.write_text(kept, json.dumps(results))
+    write_text(kept, json.dumps(results))
     return results
 
 
@@ -174,7 +175,7 @@ def stages(out: Path, seed: int, name: str, order: list[str]) -> dict:
             asked = data.arithmetic_task(seed, 1000, words=False, eval_grades=grades).held_out
             history[stage][side] = caopd.evaluate(model, tokenizer, asked, task.wording, sampling,
                                                   seed, oracle_samples=8, name=name)
-    data.write_text(kept, caopd.to_json(history))
+    write_text(kept, caopd.to_json(history))
     return history
 
 
@@ -218,10 +219,10 @@ def main() -> int:
     flags = parser.parse_args()
     try:
         text, runs = EXPERIMENTS[flags.what](flags.out, flags.seeds)
-    except caopd.UsageError as error:
+    except BadInput as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2
-    data.write_text(HERE / f"{flags.what}.json", caopd.to_json(runs) + "\n")
+    write_text(HERE / f"{flags.what}.json", caopd.to_json(runs) + "\n")
     print("\n" + text)
     return 0
 

@@ -35,7 +35,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 import caopd
 import data
-from model import Config, ModelError, Transformer, generate
+from files import BadInput
+from model import Config, Transformer, generate
 from worlds import show
 
 K = 8
@@ -422,7 +423,7 @@ def run(flags: argparse.Namespace) -> None:
 def main() -> int:
     try:
         run(command_line())
-    except (caopd.UsageError, data.DataError, ModelError) as error:
+    except BadInput as error:
         print("bench.py: error:", error, file=sys.stderr)
         return 2
     return 0

@@ -12,8 +12,10 @@ import pytest
 import tokenizers
 
 import data
+import files
 from data import (DataError, Example, KINDS, Tokenizer, load_jsonl, parse_confidence,
                   replace_confidence, split_completion, toy_tokenizer, verify)
+from files import BadInput
 
 
 # ------------------------------------------------------- the confidence segment
@@ -235,7 +237,7 @@ def test_a_save_that_is_interrupted_leaves_the_old_file(tmp_path, monkeypatch):
 
     def interrupt(source, destination):
         raise KeyboardInterrupt
-    monkeypatch.setattr(data.os, "replace", interrupt)
+    monkeypatch.setattr(files.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         merging_tokenizer().save_pretrained(tmp_path)
     assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
@@ -325,14 +327,14 @@ def test_refuses_bad_templates(tmp_path, config, words):
 
 
 def test_refuses_bad_tokenizer_files(tmp_path):
-    with pytest.raises(DataError, match="no tokenizer.json"):
+    with pytest.raises(BadInput, match="no tokenizer.json"):
         Tokenizer.from_pretrained(tmp_path)
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(DataError, match="tokenizer_config.json: not JSON"):
+    with pytest.raises(BadInput, match="tokenizer_config.json: not JSON"):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
-    with pytest.raises(DataError, match="not a readable tokenizer"):
+    with pytest.raises(BadInput, match="not a readable tokenizer"):
         Tokenizer.from_pretrained(tmp_path)
 
 
@@ -347,20 +349,20 @@ BAD_JSON = [
     *BAD_JSON, ("[1]", "expected a JSON object, found list"), ("3", "a JSON object, found int")])
 def test_an_object_is_read_or_refused(tmp_path, content, words):
     path = write(tmp_path / "generation_config.json", content)
-    with pytest.raises(DataError, match=f"generation_config.json: .*{words}"):
-        data.read_object(path)
+    with pytest.raises(BadInput, match=f"generation_config.json: .*{words}"):
+        files.read_object(path)
 
 
 def test_an_object_of_a_missing_or_an_unreadable_file(tmp_path):
-    assert data.read_object(tmp_path / "absent.json") == {}
+    assert files.read_object(tmp_path / "absent.json") == {}
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     for name in ("folder.json", "binary.json"):
-        with pytest.raises(DataError, match=f"{name}: cannot be read as UTF-8"):
-            data.read_object(tmp_path / name)
+        with pytest.raises(BadInput, match=f"{name}: cannot be read as UTF-8"):
+            files.read_object(tmp_path / name)
     write_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(DataError, match="chat_template.jinja: cannot be read as UTF-8"):
+    with pytest.raises(BadInput, match="chat_template.jinja: cannot be read as UTF-8"):
         Tokenizer.from_pretrained(tmp_path)
 
 
@@ -424,17 +426,17 @@ def test_jsonl_numbers_as_answers(tmp_path, answer, text):
     ("tool", '{"prompt": "p", "answer": [1]}', "cannot verify"),
     *(("mcq", line, words) for line, words in BAD_JSON)])
 def test_jsonl_errors_name_file_and_line(tmp_path, task, line, words):
-    with pytest.raises(DataError, match=f"a.jsonl, line 3: .*{words}"):
+    with pytest.raises(BadInput, match=f"a.jsonl, line 3: .*{words}"):
         load_jsonl(write(tmp_path / "a.jsonl", GOOD[task], "", line), task)
 
 
 def test_jsonl_missing_empty_and_not_text(tmp_path):
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(BadInput, match="cannot be read"):
         load_jsonl(tmp_path / "absent.jsonl", "mcq")
-    with pytest.raises(DataError, match="no examples"):
+    with pytest.raises(BadInput, match="no examples"):
         load_jsonl(write(tmp_path / "empty.jsonl", "", " "), "mcq")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="cannot be read as UTF-8"):
+    with pytest.raises(BadInput, match="cannot be read as UTF-8"):
         load_jsonl(tmp_path / "binary.jsonl", "mcq")
 
 

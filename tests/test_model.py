@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from files import BadInput
 from model import (Config, Decoder, KVCache, ModelError, SharedPrefix, Transformer,
                    activation_bytes, generate, sample)
 
@@ -495,23 +496,23 @@ def test_refuses_configurations_it_does_not_compute(tmp_path, config, words):
 
 
 def test_refuses_missing_and_broken_files(tmp_path):
-    with pytest.raises(ModelError, match="no config.json"):
+    with pytest.raises(BadInput, match="no config.json"):
         Transformer.from_pretrained(tmp_path)
     m = broken(tmp_path)
     whole = (m / "model.safetensors").read_bytes()
     for cut in (0, 4, 100, len(whole) // 2, len(whole) - 1):
         (m / "model.safetensors").write_bytes(whole[:cut])
-        with pytest.raises(ModelError, match="not a readable safetensors file"):
+        with pytest.raises(BadInput, match="not a readable safetensors file"):
             Transformer.from_pretrained(m)
     (m / "model.safetensors").unlink()
     (m / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ModelError, match="pickles are never opened"):
+    with pytest.raises(BadInput, match="pickles are never opened"):
         Transformer.from_pretrained(m)
     (m / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="not readable as JSON"):
+    with pytest.raises(BadInput, match="config.json: not JSON"):
         Transformer.from_pretrained(m)
     (m / "config.json").write_text("[]")
-    with pytest.raises(ModelError, match="JSON object"):
+    with pytest.raises(BadInput, match="JSON object"):
         Transformer.from_pretrained(m)
 
 

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import caopd
 import data
-from model import ModelError, Transformer
+from files import BadInput
+from model import Transformer
 from worlds import show
 
 WORLDS = {"1*1, 2*1: few questions, many of them memorized": ("1*1", "2*1"),
@@ -63,7 +64,7 @@ def main() -> int:
             print(f"\n  From trained to new questions CaOPD's accuracy changes by "
                   f"{new - known:+.3f} and its stated confidence by {says - said:+.3f},\n"
                   f"  so OCG changes by {ocg_new - ocg:+.3f}, from {ocg:+.3f} to {ocg_new:+.3f}.\n")
-    except (ModelError, OSError) as error:
+    except (BadInput, OSError) as error:
         print(f"  {error}. Run `python caopd.py` first: this file looks at the models it leaves "
               "in out/toy (or in the directory given).", file=sys.stderr)
         return 2

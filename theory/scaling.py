@@ -20,7 +20,8 @@ import numpy as np
 
 import caopd
 import data
-from model import ModelError, Transformer
+from files import BadInput
+from model import Transformer
 from worlds import figure, show
 
 SCHEDULE = ["--sft-steps", "700", "--steps", "150", "--prompts", "24", "--teacher-rate", "0.005",
@@ -105,7 +106,7 @@ def main() -> int:
     try:
         cells = {width: [cell(width, seed, flags.out, flags.device) for seed in flags.seeds]
                  for width in flags.widths}
-    except (caopd.UsageError, data.DataError, ModelError) as error:
+    except BadInput as error:
         print(f"scaling.py: error: {error}", file=sys.stderr)
         return 2
     print("\n" + __doc__.split("\n\n")[0] + "\n")
