@@ -630,9 +630,13 @@ def warmup_stable_decay(step: int, steps: int) -> float:
 @torch.no_grad()
 def ema_update(teacher: Transformer, student: Transformer, rate: float,
                generator: torch.Generator) -> None:
-    """θ_T ← (1 − rate) θ_T + rate θ, in float32; generator: for stochastic rounding."""
+    """θ_T ← (1 − rate) θ_T + rate θ, in float32; generator: for stochastic rounding.
+
+    An offloaded teacher's weights visit the student's device, where the generator is.
+    """
     for average, weight in zip(teacher.parameters(), student.parameters()):
-        store(average, average.float().lerp_(weight.to(average.device).float(), rate), generator)
+        value = average.to(weight.device).float().lerp_(weight.float(), rate)
+        store(average, value, generator)
 
 
 def make_teacher(student: Transformer, device: str) -> Transformer:
@@ -1221,15 +1225,23 @@ def check(args: Args) -> None:
                 flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
                 raise UsageError(f"{flag}: it should be {wish}")
 
-    require("at least 1", lambda n: n >= 1, "steps", "prompts", "rollouts", "max_prompt", "width",
-            "max_new_tokens", "sft_documents", "layers", "eval_questions", "micro_tokens",
-            "save_every", "eval_samples")
-    require("0 or more", lambda n: n >= 0, "sft_steps", "skip_tokens", "warmup", "paper_samples")
-    require("at least 2 samples a question, or 0", lambda n: n == 0 or n >= 2, "oracle")
-    require("a positive number", lambda x: 0 < x < math.inf, "lr", "sft_lr", "clip", "temperature")
-    require("a number, 0 or more", lambda x: 0 <= x < math.inf, "weight_decay", "eval_temperature")
+    whole = [field.name for field in dataclasses.fields(Args) if field.type is int]
+    require("a whole number below 2^31", lambda n: abs(n) < 2 ** 31, *whole)
+    require("at least 1", lambda n: n >= 1, "steps", "max_prompt", "max_new_tokens", "micro_tokens",
+            "save_every")
+    require("between 1 and a million", lambda n: 1 <= n <= 10 ** 6, "prompts", "rollouts",
+            "sft_documents", "eval_questions", "eval_samples")
+    require("between 0 and a million", lambda n: 0 <= n <= 10 ** 6, "oracle", "paper_samples")
+    require("between 1 and 8192", lambda n: 1 <= n <= 8192, "width", "layers")
+    require("0 or more", lambda n: n >= 0, "sft_steps", "skip_tokens", "warmup")
+    require("at least 2 samples a question, or 0", lambda n: n != 1, "oracle")
+    require("over 0 and at most 1", lambda x: 0 < x <= 1, "lr", "sft_lr", "eval_top_p")
+    require("a positive number", lambda x: 0 < x < math.inf, "clip")
+    # Below it the quotient of logits and temperature may overflow.
+    require("at least 0.001", lambda x: 1e-3 <= x < math.inf, "temperature")
+    require("0, or at least 0.001", lambda x: x == 0 or 1e-3 <= x < math.inf, "eval_temperature")
+    require("a number, 0 or more", lambda x: 0 <= x < math.inf, "weight_decay")
     require("between 0 and 1", lambda x: 0 <= x <= 1, "teacher_rate", "sft_noise", "sft_answers")
-    require("over 0 and at most 1", lambda x: 0 < x <= 1, "eval_top_p")
     require("a multiple of 8 (the embedded world's transformer has 4 heads)", lambda n: n % 8 == 0,
             "width")
     require("one or several of " + ", ".join(METHODS) + ", separated by commas, or both",
@@ -1269,25 +1281,28 @@ SAMPLED = 4  # sampling keeps keys and values alone: it takes this many times --
 
 
 def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name}: it should be cpu, cuda or cuda:i") from None
+    """The device of --device, which becomes the current one: streams and graphs are made there."""
     count = torch.cuda.device_count()
-    if device.type not in ("cpu", "cuda") or device.type == "cuda" and (device.index or 0) >= count:
-        raise UsageError(f"--device {name}: no such device here; there are cpu and {count} cuda "
-                         "devices")
-    return device
+    places = [f"cuda:{i}" for i in range(count)]
+    place = {"auto": "cuda:0" if count else "cpu", "cuda": "cuda:0"}.get(name, name)
+    if place not in ("cpu", *places):
+        there = ", ".join(places) or "no GPU"
+        raise UsageError(f"--device {name}: no such device here; there are cpu and {there}")
+    if place != "cpu":
+        torch.cuda.set_device(place)
+    return torch.device(place)
 
 
 def pick_dtype(args: Args, device: torch.device) -> str:
-    """bfloat16 for real models where it is the fast one: a CPU that emulates it is slower."""
+    """bfloat16 for real models where the hardware multiplies it; emulating it would be slower."""
     if args.dtype != "auto":
         return args.dtype
-    native = (torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
-    return "bfloat16" if args.model and (device.type == "cuda" or any(native)) else "float32"
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        native = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
+    return "bfloat16" if args.model and native else "float32"
 
 
 def find_model(name: str) -> Path | None:
@@ -1567,6 +1582,11 @@ def main(argv: list[str] | None = None) -> int:
         run(parse_args(argv))
     except BadInput as error:
         print("caopd.py: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("caopd.py: error: the GPU has run out of memory; --recompute and --teacher-device cpu "
+              "go on from the last checkpoint with less of it, and so do from the start a lower "
+              "--micro-tokens and --dtype bfloat16 --rounding stochastic", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)

@@ -1604,6 +1604,36 @@ def test_a_run_that_cannot_fit_says_so_and_says_what_helps(tmp_path, real_model,
     assert shown.err.count("\n") == 1
 
 
+def test_out_of_memory_on_a_gpu_names_the_flags_to_turn(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore.")
+
+    monkeypatch.setattr(caopd, "accumulate_gradient", full)
+    assert caopd.main([*TINY, "--out", str(tmp_path)]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(error) == 1 and all(flag in error[0] for flag in (
+        "--micro-tokens", "--recompute", "--teacher-device cpu", "--rounding stochastic"))
+
+
+@pytest.mark.parametrize("name, count, chosen", [
+    ("auto", 0, "cpu"), ("auto", 2, "cuda:0"), ("cuda", 2, "cuda:0"), ("cuda:1", 2, "cuda:1"),
+    ("cpu", 2, "cpu")])
+def test_the_chosen_gpu_becomes_the_current_one(monkeypatch, name, count, chosen):
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert str(caopd.pick_device(name)) == chosen
+    assert current == ([chosen] if chosen != "cpu" else [])
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_picked_only_where_the_gpu_multiplies_it(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: native or including_emulation)
+    chosen = caopd.pick_dtype(parse_args(["--model", "m"]), torch.device("cuda:0"))
+    assert chosen == ("bfloat16" if native else "float32")
+
+
 # ----------------------------------------------------------------------------- what is refused
 
 
@@ -1626,7 +1656,14 @@ def test_a_run_that_cannot_fit_says_so_and_says_what_helps(tmp_path, real_model,
     (["--method", "caopd-sc", "--context", "solution"], "caopd-sc needs --context demo"),
     (["--method", "caopd-sc", "--teacher-device", "cpu"], "leave out --teacher-device"),
     (["--method", "opd,grpo", "--rollouts", "1"], "--rollouts 1"),
-    (["--method", "caopd-direct-loo", "--rollouts", "1"], "--rollouts 1")])
+    (["--method", "caopd-direct-loo", "--rollouts", "1"], "--rollouts 1"),
+    (["--seed", str(2 ** 64)], "--seed 18446744073709551616: it should be a whole number below"),
+    (["--oracle", str(2 ** 63)], "--oracle 9223372036854775808"),
+    (["--width", str(10 ** 12)], "--width 1000000000000"), (["--layers", "9999"], "--layers 9999"),
+    (["--eval-questions", str(10 ** 9)], "--eval-questions 1000000000: it should be between 1 and"),
+    (["--device", "cpu:1"], "--device cpu:1"), (["--lr", "1e30"], "--lr 1e+30"),
+    (["--temperature", "1e-40"], "--temperature 1e-40: it should be at least 0.001"),
+    (["--eval-temperature", "1e-9"], "--eval-temperature 1e-09")])
 def test_a_bad_request_is_one_sentence_and_exit_code_2(tmp_path, capsys, flags, words):
     assert caopd.main([*TINY, "--out", str(tmp_path / "out"), *flags]) == 2
     error = capsys.readouterr().err
