@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import data
 from data import Example, Task, Tokenizer, Wording
-from files import BadInput, write_text
+from files import BadInput, parse_json, write_text
 from model import Config, SharedPrefix, Transformer, activation_bytes, generate
 
 # ------------------------------------------------------------------- Algorithm 1, step 1: rollout
@@ -872,7 +872,7 @@ def confidence_distribution(model: Transformer, tokenizer: Tokenizer, groups: li
         for rollout in group.rollouts:
             n, before = data.split_completion(tokenizer, rollout.ids)
             prefixes.append(group.prompt + rollout.ids[:n])
-            segments.append("\n" if before is None else before)
+            segments.append(before)
     branches = {before: Branches(tokenizer, before) for before in set(segments)}
     costs = [len(prefix) + branches[before].num_tokens
              for prefix, before in zip(prefixes, segments)]
@@ -1090,6 +1090,8 @@ class Args:
                      "--train and --eval", data.TASKS)
     model: str = flag(RUN, ALL, "", "a Hugging Face model directory, or a hub name; without it, "
                       "the embedded world")
+    template_args: str = flag(RUN, ALL, "{}", "variables for the model's chat template, as a JSON "
+                              'object: \'{"enable_thinking": false}\' turns off Qwen3\'s thinking')
     train: str = flag(RUN, NOTHING, "", "JSONL file to train on: `prompt`, `answer`, optionally "
                       "`system`, `demo`, `grade`")
     eval: str = flag(RUN, NOTHING, "", "JSONL file of held-out questions, in the same form")
@@ -1203,7 +1205,8 @@ def parse_args(argv: list[str] | None) -> Args:
             help += f" [{toy}; with --model {real}]"
         elif toy != "":
             help += f" [{toy}]"
-        word = "PATH" if field.name in ("train", "eval", "out") else "NAME"
+        words = {"train": "PATH", "eval": "PATH", "out": "PATH", "template_args": "JSON"}
+        word = words.get(field.name, "NAME")
         metavar = None if choices else {int: "N", float: "X", str: word}[field.type]
         groups[group].add_argument(name, type=field.type, default=default, choices=choices,
                                    metavar=metavar, help=help)
@@ -1246,6 +1249,9 @@ def check(args: Args) -> None:
             "width")
     require("one or several of " + ", ".join(METHODS) + ", separated by commas, or both",
             lambda text: set(text.split(",")) <= METHODS.keys(), "method")
+    if not isinstance(parse_json(args.template_args, "--template-args"), dict):
+        raise UsageError(f"--template-args {args.template_args}: it should be a JSON object, such "
+                         'as {"enable_thinking": false}')
     methods = [METHODS[name] for name in args.method.split(",")]
     if any(m.confidence is leave_one_out or m.standardize for m in methods) and args.rollouts < 2:
         raise UsageError(f"--rollouts 1: {args.method} compares the rollouts of a prompt")
@@ -1532,7 +1538,8 @@ def run(args: Args) -> dict:
     began, device, out = time.perf_counter(), pick_device(args.device), Path(args.out)
     args = replace(args, dtype=pick_dtype(args, device))
     if origin := find_model(args.model):
-        config, tokenizer = Config.from_pretrained(origin), Tokenizer.from_pretrained(origin)
+        config = Config.from_pretrained(origin)
+        tokenizer = Tokenizer.from_pretrained(origin, json.loads(args.template_args))
     else:
         tokenizer = data.toy_tokenizer()
         config = toy_model(args, tokenizer)

@@ -35,13 +35,28 @@ SEGMENT = re.compile(r"confidence:[ \t]*(\S*)", re.IGNORECASE)
 NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(%?)")
 
 
+def still_thinking(text: str) -> bool:
+    """Tells whether a completion ends within `<think>...</think>`."""
+    return text.rfind("<think>") > text.rfind("</think>")
+
+
+def thinking_end(text: str) -> int:
+    """Finds where a completion's thinking ends, and its answer part begins: 0 without thinking.
+
+    The thinking is everything as far as the last `</think>`, since `<think>` may have been a part
+    of the prompt. Where it is left unfinished, it is the whole text.
+    """
+    thinking, end, _ = text.rpartition("</think>")
+    return len(text) if still_thinking(text) else len(thinking + end)
+
+
 def confidence_segment(text: str) -> re.Match | None:
-    """Finds the confidence segment of a completion, which is its last `Confidence: ...`.
+    """Finds the confidence segment of a completion: its last `Confidence: ...` after any thinking.
 
     Returns the match, or None where there is none. The segment c begins where the match begins,
     and it goes on to the end of the text.
     """
-    segments = list(SEGMENT.finditer(text))
+    segments = list(SEGMENT.finditer(text, thinking_end(text)))
     return segments[-1] if segments else None
 
 
@@ -64,20 +79,22 @@ def format_confidence(value: float) -> str:
     return f"Confidence: {value:.2f}"
 
 
-def split_completion(tokenizer: "Tokenizer", ids: list[int]) -> tuple[int, str | None]:
+def split_completion(tokenizer: "Tokenizer", ids: list[int]) -> tuple[int, str]:
     """Finds where the answer part a of a sampled completion ends, counted in tokens.
 
     ids: the completion's tokens.
     Returns (n, before). The answer's tokens I_a are ids[:n], and the confidence's I_c are ids[n:].
     A segment may begin inside a token: `before` holds that token's characters that come before the
     segment, a space or a newline perhaps, and usually nothing. Without a segment, n leaves out the
-    end token alone and `before` is None.
+    end token alone, and `before` is what has to be written before one: a newline, and the end of a
+    thinking that was left unfinished.
     """
     text = tokenizer.decode(ids)
     segment = confidence_segment(text)
     if segment is None:
         ended = bool(ids) and ids[-1] in tokenizer.eos_ids
-        return len(ids) - 1 if ended else len(ids), None
+        before = "\n</think>\n" if still_thinking(text) else "\n"
+        return len(ids) - 1 if ended else len(ids), before
     answer_and_more = text[:segment.start() + 1]  # as far as the first character of c
 
     def reaches_the_segment(count: int) -> bool:
@@ -99,8 +116,8 @@ def replace_confidence(
     tokens, and then Eq. 7 would no longer leave the loss on I_a alone.
     """
     n, before = split_completion(tokenizer, ids)
-    segment = ("\n" if before is None else before) + format_confidence(value)
-    return ids[:n] + tokenizer.encode(segment) + [tokenizer.eos_ids[0]], n
+    segment = tokenizer.encode(before + format_confidence(value))
+    return ids[:n] + segment + [tokenizer.eos_ids[0]], n
 
 
 # ------------------------------------------------------- examples and kinds of questions
@@ -252,12 +269,13 @@ TASKS = tuple(KINDS)
 def extract(example: Example, text: str) -> object:
     """Finds the answer that a completion gives.
 
-    text: the whole completion. Its answer part is everything before its confidence segment.
+    text: the whole completion. Its answer part is everything after its thinking and before its
+        confidence segment.
     Returns None where the answer part gives no answer. Two answers to one question are the same
     where == says so. A tool call contains a dict, so that it can be compared but not hashed.
     """
     segment = confidence_segment(text)
-    answer_part = text[:segment.start()] if segment else text
+    answer_part = text[thinking_end(text):segment.start() if segment else None]
     return KINDS[example.task].extract(answer_part)
 
 
@@ -397,7 +415,7 @@ class Tokenizer:
         messages: dicts with "role" and "content".
         Raises DataError where the chat template fails.
         """
-        variables = {**self.special_tokens, **self.template_args,
+        variables = {"tools": None, "documents": None, **self.special_tokens, **self.template_args,
                      "messages": messages, "add_generation_prompt": True}
         try:
             text = self.template.render(variables)
@@ -463,8 +481,8 @@ def template_sandbox() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
         extensions=["jinja2.ext.loopcontrols", GenerationBlock])
     kept = {name: sandbox.globals[name] for name in ("range", "dict", "namespace")}
     sandbox.globals = kept | {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent)
+    sandbox.filters["tojson"] = lambda value, **options: json.dumps(
+        value, **{"ensure_ascii": False} | options)
     return sandbox
 
 

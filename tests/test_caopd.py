@@ -1653,6 +1653,8 @@ def test_bfloat16_is_picked_only_where_the_gpu_multiplies_it(monkeypatch, native
     (["--max-new-tokens", "200"], "over the model's 128"), (["--oracle", "1"], "--oracle 1"),
     (["--split", "test"], "--split"), (["--eval-top-p", "0"], "--eval-top-p 0"),
     (["--paper-samples", "-1"], "--paper-samples -1"), (["--eval-samples", "0"], "--eval-samples"),
+    (["--template-args", "{enable_thinking: false}"], "--template-args: not JSON"),
+    (["--template-args", "[]"], "--template-args []: it should be a JSON object"),
     (["--method", "caopd-sc", "--context", "solution"], "caopd-sc needs --context demo"),
     (["--method", "caopd-sc", "--teacher-device", "cpu"], "leave out --teacher-device"),
     (["--method", "opd,grpo", "--rollouts", "1"], "--rollouts 1"),
@@ -1699,6 +1701,18 @@ def test_bad_files_and_directories_are_one_sentence(tmp_path, real_model, capsys
     refused(cut, good, "the chat template failed: no such role")
     (cut / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     refused(cut, good, "'mamba' is not supported")
+
+
+def test_the_template_gets_its_arguments(tmp_path, real_model, capsys):
+    quiet = tmp_path / "quiet"
+    shutil.copytree(real_model, quiet)
+    (quiet / "chat_template.jinja").write_text(
+        "{% if enable_thinking is not false %}{{ raise_exception('it thinks') }}{% endif %}"
+        "<user><user>")
+    flags = ["--model", str(quiet), "--max-prompt", "1", "--out", str(tmp_path / "out")]
+    for given, words in (("{}", "it thinks"), ('{"enable_thinking": false}', "has 2 tokens")):
+        assert caopd.main([*REAL, *flags, "--template-args", given]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_an_unwritable_directory_is_one_sentence(tmp_path, capsys):

@@ -52,13 +52,13 @@ def test_replacement_keeps_the_answer_ids_and_states_the_value(answer):
         assert split_completion(tokenizer, new)[0] in (n, n + (not segment))
 
 
-def merging_tokenizer() -> Tokenizer:
+def merging_tokenizer(*more: str) -> Tokenizer:
     """Its tokens straddle the segment's start, and decoding then encoding changes tokens."""
     vocabulary = ["<eos>", "6", "4", "64", ".", " ", "\n", "\nCon", " Confidence", "fidence", "C",
-                  "Confidence", ":", ". Con", "0", "1", "3", "8", "5"]
+                  "Confidence", ":", ". Con", "0", "1", "3", "8", "5", *more]
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(
         {token: i for i, token in enumerate(vocabulary)}, unk_token="<eos>"))
-    units = tokenizers.Regex(r"Confidence|64|[\s\S]")
+    units = tokenizers.Regex(r"Confidence|64|</think>|[\s\S]")
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(units, behavior="isolated")
     backend.decoder = tokenizers.decoders.Fuse()
     backend.add_special_tokens(["<eos>"])
@@ -94,6 +94,37 @@ def test_replacement_after_characters_of_several_byte_tokens(answer):
     assert len(kept) > len(answer)
     new, n = replace_confidence(tokenizer, ids, 0.38)
     assert new[:n] == kept and tokenizer.decode(new) == answer + "Confidence: 0.38"
+
+
+# ------------------------------------------------------- thinking before the answer
+
+@pytest.mark.parametrize("text, answer, confidence", [
+    ("<think>\n12+34=47? No.\n</think>\n\n46\nConfidence: 0.90", "46", 0.9),
+    ("<think>46\nConfidence: 0.20</think>", None, None),
+    ("<think>47\nConfidence: 0.20</think>46", "46", None),
+    ("<think>47</think>Confidence: 0.70", None, 0.7),
+    ("12+34=47? No.</think>46\nConfidence: 0.90", "46", 0.9),  # <think> was in the prompt
+    ("<think></think><think>47</think>46", "46", None),
+    ("<think>46\nConfidence: 0.90", None, None), ("<think>", None, None),
+    ("46\nConfidence: 0.90\n<think>47", None, None)])
+def test_what_is_thought_is_not_said(text, answer, confidence):
+    example = Example("arithmetic", "?", "46")
+    assert data.extract(example, text) == answer and verify(example, text) is (answer == "46")
+    assert parse_confidence(text) == confidence
+
+
+@pytest.mark.parametrize("text, replaced", [
+    ("<think>4\nConfidence: 0.5</think>64\nConfidence: 0.8",
+     "<think>4\nConfidence: 0.5</think>64\nConfidence: 0.38"),
+    ("<think>4\nConfidence: 1</think>64", "<think>4\nConfidence: 1</think>64\nConfidence: 0.38"),
+    ("<think>4</think>", "<think>4</think>\nConfidence: 0.38"),
+    ("<think>4\nConfidence: 0.5", "<think>4\nConfidence: 0.5\n</think>\nConfidence: 0.38")])
+def test_replacement_keeps_the_thinking_and_the_answer_and_is_read_back(text, replaced):
+    tokenizer = merging_tokenizer(*"<think>/", "</think>")
+    ids = tokenizer.encode(text) + [0]
+    new, n = replace_confidence(tokenizer, ids, 0.375)
+    assert tokenizer.decode(ids) == text and tokenizer.decode(new) == replaced
+    assert new[:n] == ids[:n] and parse_confidence(replaced) == 0.38
 
 
 # ------------------------------------------------------- verifiers
