@@ -29,7 +29,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -196,36 +196,43 @@ class Target:
         return longest + sum(map(len, self.completions))
 
 
+REPLACEMENTS = "completion", "demonstration", "instruction"
+
+
 def make_targets(group: Group, confidences: list[float] | None, advantages: list[float],
-                 tokenizer: Tokenizer, wording: Wording, context: str | None) -> list[Target]:
+                 tokenizer: Tokenizer, wording: Wording, context: str | None,
+                 replace: Collection[str] = REPLACEMENTS) -> list[Target]:
     """Step 3 of Algorithm 1: ỹ = (a, μ̂) for the student, and z̃, which states μ̂, for the teacher.
 
     confidences: a value for each rollout, or None, which leaves completions as they were sampled
     (OPD). A truncated completion has no c to replace and stays as it is.
     context: "demo", "solution", or None for a method without a teacher.
+    replace: where μ̂ is stated: in the completion, in the demonstration that z shows, in z's
+    instruction. The paper does all three.
     Returns a Target for each context that the group's rollouts are scored with. A rollout without
     one (`solution` finds no other correct rollout) is left out.
     """
     scored = []  # of each rollout: ids, how many of them are I_a, truncated, advantage
     for k, (rollout, advantage) in enumerate(zip(group.rollouts, advantages)):
-        if confidences is None or rollout.truncated:
+        if confidences is None or rollout.truncated or "completion" not in replace:
             ids, n = rollout.ids, data.split_completion(tokenizer, rollout.ids)[0]
         else:
             ids, n = data.replace_confidence(tokenizer, rollout.ids, confidences[k])
         scored.append((tuple(ids), n, rollout.truncated, advantage))
 
     told = None if confidences is None else fmean(confidences)
+    shown, instructed = (told if place in replace else None for place in REPLACEMENTS[1:])
     everyone, targets = range(len(scored)), []
     if context is None:
         contexts = [(None, everyone)]
     elif context == "demo":  # a demonstration in z is sure of itself, as the paper's are
-        contexts = [(data.stated(group.example.demo, 1.0 if told is None else told), everyone)]
+        contexts = [(data.stated(group.example.demo, 1.0 if shown is None else shown), everyone)]
     else:
-        contexts = [(shown(group.rollouts[k], told, tokenizer), readers)
+        contexts = [(solution_text(group.rollouts[k], shown, tokenizer), readers)
                     for k, readers in solutions(group)]
     for demo, members in contexts:
         teacher_prompt = [] if demo is None else tokenizer.chat(
-            data.teacher_messages(group.example, wording, demo, report=told))
+            data.teacher_messages(group.example, wording, demo, report=instructed))
         counts = Counter(scored[k] for k in members)
         completions, lengths, truncated, advantages = map(list, zip(*counts))
         targets.append(Target(group.prompt, teacher_prompt, [list(ids) for ids in completions],
@@ -233,11 +240,11 @@ def make_targets(group: Group, confidences: list[float] | None, advantages: list
     return targets
 
 
-def shown(solution: Rollout, told: float | None, tokenizer: Tokenizer) -> str:
+def solution_text(solution: Rollout, shown: float | None, tokenizer: Tokenizer) -> str:
     """A correct rollout as the teacher reads it: as it was sampled, or with μ̂ in place of c."""
-    if told is None:
+    if shown is None:
         return solution.text
-    return tokenizer.decode(data.replace_confidence(tokenizer, solution.ids, told)[0])
+    return tokenizer.decode(data.replace_confidence(tokenizer, solution.ids, shown)[0])
 
 
 def solutions(group: Group) -> list[tuple[int, list[int]]]:
@@ -364,10 +371,11 @@ LOGITS_AT_ONCE = 2 ** 24  # 64 MiB in float32
 
 def accumulate_gradient(student: Transformer, teacher: Transformer | None, targets: list[Target],
                         answer_loss: TokenLoss, confidence_loss: TokenLoss, skip_tokens: int,
-                        scale: float) -> tuple[float, float]:
+                        scale: float) -> tuple[float, float, int]:
     """Eq. 7: adds scale · ∇(Σ_{I_a} answer_loss + Σ_{I_c} confidence_loss) to the gradients.
 
-    Returns the two sums, over I_a (capability cloning) and over I_c (calibration), in nats.
+    Returns the two sums, over I_a (capability cloning) and over I_c (calibration), in nats, and at
+    how many tokens of I_c the teacher holds the token that stands there for the likeliest.
     The sampling of y is not differentiated (a semi-gradient), as in every released trainer.
     Each prompt is computed once for its completions. Logits exist a chunk at a time, where the loss
     looks: a chunk is differentiated down to its hidden states before the next one is made.
@@ -391,19 +399,22 @@ def accumulate_gradient(student: Transformer, teacher: Transformer | None, targe
     hidden = hidden_states(student, shared, counted)  # [M', D]
     tokens = shared.targets[counted]  # [M']
 
-    losses, gradients = [], []
+    losses, gradients, copied = [], [], 0
     chunks = (x.split(size) for x in (hidden.detach(), counts, tokens, advantages, is_answer))
     for teacher_hidden, (h, count, *rest) in zip(teacher_chunks, zip(*chunks)):
         with torch.no_grad():
             teacher_logits = None if teacher is None else teacher.logits(teacher_hidden)
         logits = student.logits(h.requires_grad_())
         loss = count * eq7(logits, teacher_logits, *rest, answer_loss, confidence_loss)
+        if teacher is not None:
+            ids, _, on_answer = rest
+            copied += count[~on_answer & (teacher_logits.argmax(-1) == ids)].sum().item()
         (scale * loss.sum()).backward()
         losses.append(loss.detach())
         gradients.append(h.grad)
     hidden.backward(torch.cat(gradients))
     losses = torch.cat(losses)
-    return losses[is_answer].sum().item(), losses[~is_answer].sum().item()
+    return losses[is_answer].sum().item(), losses[~is_answer].sum().item(), copied
 
 
 def hidden_states(model: Transformer, shared: SharedPrefix, counted: Tensor) -> Tensor:
@@ -496,14 +507,16 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         for group, confidence in zip(groups, confidences):
             advantages = group_advantages(group, method.reward, method.standardize)
             targets += make_targets(group, confidence, advantages, tokenizer, task.wording,
-                                    args.context if method.teacher else None)
+                                    args.context if method.teacher else None,
+                                    args.replace.split(","))
 
         # 4. Loss, Eq. 7, and its gradient. Eq. 2 sums over tokens: we divide by their number in
         #    the step, a constant that AdamW does not see and gradient clipping does.
-        num_tokens = max(1, sum(int(mask.sum()) for mask in loss_masks(targets, args.skip_tokens)))
-        loss = np.zeros(2)  # over I_a, over I_c
+        on_answer, on_confidence = (int(m.sum()) for m in loss_masks(targets, args.skip_tokens))
+        num_tokens = max(1, on_answer + on_confidence)
+        sums = np.zeros(3)  # loss over I_a, loss over I_c, tokens of I_c that the teacher copies
         for batch in micro_batches([target.num_tokens for target in targets], args.micro_tokens):
-            loss += accumulate_gradient(student, teacher, [targets[i] for i in batch], answer_loss,
+            sums += accumulate_gradient(student, teacher, [targets[i] for i in batch], answer_loss,
                                         confidence_loss, args.skip_tokens, 1 / num_tokens)
 
         # Update: AdamW for the student, and the teacher follows as its moving average.
@@ -513,8 +526,10 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         if teacher is not None and args.teacher_rate > 0:
             ema_update(teacher, student, args.teacher_rate, generator)
 
-        stage.log(step, summarize(groups, targets, loss / num_tokens)
-                  | {"lr": lr, "grad_norm": grad_norm})
+        row = summarize(groups, targets, sums[:2] / num_tokens)
+        if teacher is not None and method.confidence is not None:
+            row["copied"] = sums[2] / max(1, on_confidence)
+        stage.log(step, row | {"lr": lr, "grad_norm": grad_norm})
         stage.save_if_due(step)
 
 
@@ -698,7 +713,10 @@ TROUBLE = {  # figure of a step: when something is wrong, and what to try
                "teacher that drifts does that (--teacher-rate 0), and so does a model that never "
                "learned the format (--sft-steps)"),
     "truncated": (lambda share: share > 0.5, "over half of the completions are cut off; raise "
-                  "--max-new-tokens")}
+                  "--max-new-tokens"),
+    "copied": (lambda share: share < 0.5, "the teacher no longer states the confidence that it is "
+               "shown, and what it teaches instead is its own; keep it as it was "
+               "(--teacher-rate 0), or learn the value itself (--method caopd-direct)")}
 
 
 class Stage:
@@ -1115,6 +1133,8 @@ class Args:
                                "frozen teacher, 1 the live student")
     context: str = flag(DISTILL, METHOD, "demo", "privileged context z: a demonstration (SDFT), or "
                         "another correct rollout of the student (SDPO)", ("demo", "solution"))
+    replace: str = flag(DISTILL, METHOD, ",".join(REPLACEMENTS), "where CaOPD states mu_hat "
+                        "instead: leave one out to see what it is for")
     skip_tokens: int = flag(DISTILL, METHOD, 0, "leave the first tokens of each completion out of "
                             "the loss (the released code: 3)")
 
@@ -1249,6 +1269,8 @@ def check(args: Args) -> None:
             "width")
     require("one or several of " + ", ".join(METHODS) + ", separated by commas, or both",
             lambda text: set(text.split(",")) <= METHODS.keys(), "method")
+    require("one or several of " + ", ".join(REPLACEMENTS) + ", separated by commas",
+            lambda text: set(text.split(",")) <= set(REPLACEMENTS), "replace")
     if not isinstance(parse_json(args.template_args, "--template-args"), dict):
         raise UsageError(f"--template-args {args.template_args}: it should be a JSON object, such "
                          'as {"enable_thinking": false}')

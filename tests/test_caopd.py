@@ -435,6 +435,22 @@ def test_the_teacher_is_told_in_words_what_to_state(real_model):
     assert "46\nConfidence: 0.50" in tokenizer.decode(ours.teacher_prompt)
 
 
+@pytest.mark.parametrize("replace", [
+    places for n in range(4) for places in itertools.combinations(caopd.REPLACEMENTS, n)])
+def test_each_of_the_replacements_can_be_left_out(real_model, replace):
+    tokenizer = data.Tokenizer.from_pretrained(real_model)
+    group = hand_made(tokenizer, "12+34?", "46", "46\nConfidence: 0.9", "45", "46", "1", end=0)
+    target, = make_targets(group, caopd.mu_hat(group), [0.0] * 4, tokenizer, data.WORDS, "demo",
+                           replace)
+    stated = {data.parse_confidence(tokenizer.decode(ids)) for ids in target.completions}
+    assert stated == ({0.5} if "completion" in replace else {0.9, None})
+    context = tokenizer.decode(target.teacher_prompt)
+    assert ("46\nConfidence: 0.50" in context) == ("demonstration" in replace)
+    assert ("46\nConfidence: 1.00" in context) == ("demonstration" not in replace)
+    report = data.WORDS.report.format(confidence="0.50")
+    assert (report in context) == ("instruction" in replace)
+
+
 def test_each_rollout_states_its_own_leave_one_out_estimate(world):
     _, tokenizer, task, *_ = world
     group = hand_made(tokenizer, "7*8=", "65", "65", "6\nConfidence: 0.50", "7", "65", "1~")
@@ -608,7 +624,7 @@ def test_the_gradient_at_answer_positions_is_opds(world, kind):
 
     def backward(targets):
         return accumulate_gradient(student, teacher, targets, loss, loss, 0, 1.0)
-    (a, c), (a_ours, c_ours) = backward(opd), backward(ours)
+    (a, c, _), (a_ours, c_ours, _) = backward(opd), backward(ours)
     assert a == pytest.approx(a_ours, rel=1e-6) and c != pytest.approx(c_ours, rel=1e-2)
     answers = [[dataclasses.replace(t, truncated=[True] * len(t.truncated)) for t in targets]
                for targets in (opd, ours)]  # leaves I_c out
@@ -767,6 +783,19 @@ def plain_loss(student: Transformer, teacher: Transformer | None, targets: list[
     return answer, confidence
 
 
+def plain_copies(teacher: Transformer, targets: list[Target], skip_tokens: int) -> int:
+    """How many tokens of I_c the teacher, asked about one completion at a time, would write."""
+    copies = 0
+    for target in targets:
+        for y, count, n, truncated in zip(target.completions, target.counts, target.answer_lengths,
+                                          target.truncated):
+            said = teacher(torch.tensor([target.teacher_prompt + y]))[0].argmax(-1).tolist()
+            said = said[len(target.teacher_prompt) - 1:-1]
+            copies += count * sum(said[t] == y[t] for t in range(max(n, skip_tokens), len(y))
+                                  if not truncated)
+    return copies
+
+
 @pytest.mark.parametrize("name, flags, skip, at_once", [
     ("caopd", [], 0, 2 ** 24), ("caopd", [], 3, 40), ("caopd", ["--divergence", "forward"], 1, 100),
     ("caopd", ["--divergence", "jsd"], 0, 20),
@@ -787,7 +816,8 @@ def test_shared_prompts_and_chunks_change_neither_loss_nor_gradient(world, monke
     if flags and name == "caopd":
         chosen = [getattr(args, kind) or args.divergence for kind in kinds]
         assert list(losses) == [caopd.DIVERGENCES[kind] for kind in chosen]
-    ours = accumulate_gradient(student, teacher, targets, *losses, skip, 1.0)
+    *ours, copied = accumulate_gradient(student, teacher, targets, *losses, skip, 1.0)
+    assert copied == (0 if teacher is None else plain_copies(teacher, targets, skip))
     plain = plain_loss(student, teacher, targets, *losses, skip)
     assert ours == pytest.approx([part.item() for part in plain], rel=1e-5, abs=1e-5)
     g = gradient(student, lambda: accumulate_gradient(student, teacher, targets, *losses, skip,
@@ -845,8 +875,8 @@ def test_no_gradient_reaches_the_teacher_and_equal_contexts_give_no_loss(world):
     teacher = copy.deepcopy(student)
     targets = [dataclasses.replace(target, teacher_prompt=target.prompt)
                for target in targets_of(some_groups(tokenizer), tokenizer, task, None)]
-    loss = sum(accumulate_gradient(student, teacher, targets, caopd.kl, caopd.kl, 0, 1.0))
-    assert abs(loss) < 1e-4 and all(p.grad is None for p in teacher.parameters())
+    *losses, _ = accumulate_gradient(student, teacher, targets, caopd.kl, caopd.kl, 0, 1.0)
+    assert abs(sum(losses)) < 1e-4 and all(p.grad is None for p in teacher.parameters())
     student.zero_grad()
 
 
