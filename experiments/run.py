@@ -4,6 +4,7 @@
     python experiments/run.py methods      every row of METHODS, from the same base
     python experiments/run.py rollouts     K = 1 to 32 rollouts a prompt
     python experiments/run.py divergence   what is minimized on the confidence, and how it is read
+    python experiments/run.py ablation     with and without each place where mu_hat is stated
     python experiments/run.py drift        more updates, a teacher that stays or one that follows
     python experiments/run.py transfer     train on additions, test on multiplications, and back
     python experiments/run.py continual    train on one, then on the other
@@ -51,9 +52,28 @@ def cell(out: Path, seed: int, name: str, *flags: str) -> dict:
     print(f"{name}, seed {seed}:", flush=True)
     caopd.run(args)
     results = json.loads((directory / "results.json").read_text())
+    results["curves"] = curves(directory / "metrics.jsonl", args.method.split(","))
     kept.parent.mkdir(exist_ok=True)
     write_text(kept, json.dumps(results))
     return results
+
+
+CURVES = "accuracy", "confidence", "format", "copied", "loss_answer", "loss_confidence", "grad_norm"
+
+
+def curves(metrics: Path, methods: list[str], width: int = 50) -> dict:
+    """A row for every `width` updates of each method, with the means of what its steps logged."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    found = {}
+    for name in methods:
+        its, found[name] = [row for row in rows if row["stage"] == name], []
+        for start in range(0, len(its), width):
+            window = its[start:start + width]
+            values = {key: [row[key] for row in window if row.get(key) is not None]
+                      for key in CURVES}
+            found[name].append({"step": window[0]["step"]}
+                               | {key: fmean(them) for key, them in values.items() if them})
+    return found
 
 
 def spread(values: list) -> str:
@@ -143,6 +163,16 @@ def divergence(out: Path, seeds: list[int]) -> tuple[str, dict]:
     return grid(out, seeds, cells)
 
 
+def ablation(out: Path, seeds: list[int]) -> tuple[str, dict]:
+    """CaOPD that states mu_hat in the completion alone, or in the teacher's demonstration alone.
+
+    The embedded world has no words, and so no instruction to leave out.
+    """
+    return grid(out, seeds, {
+        f"caopd, {places}": ["--method", "caopd", "--replace", places]
+        for places in ("completion,demonstration", "completion", "demonstration")})
+
+
 def drift(out: Path, seeds: list[int]) -> tuple[str, dict]:
     """CaOPD trained twice as long, with a teacher that stays and with one that follows."""
     return grid(out, seeds, {
@@ -205,8 +235,8 @@ def continual(out: Path, seeds: list[int]) -> tuple[str, dict]:
                                         ["multiplications", "additions"]])
 
 
-EXPERIMENTS = {f.__name__: f for f in (default, methods, rollouts, divergence, drift, transfer,
-                                       continual)}
+EXPERIMENTS = {f.__name__: f for f in (default, methods, rollouts, divergence, ablation, drift,
+                                       transfer, continual)}
 
 
 def main() -> int:
