@@ -16,6 +16,8 @@ checkpoints, evaluation, the command line and main. One device, one process, one
 
     python caopd.py                                   the embedded world, from nothing to the table
     python caopd.py --model DIR --task arithmetic     the same on a real model
+    python caopd.py --explain "47*8"                  one question, step by step through it
+    python caopd.py --ask "47*8" "12+34"              the models that were made, side by side
     python caopd.py --help
 """
 
@@ -1116,6 +1118,10 @@ class Args:
     out: str = flag(RUN, NOTHING, "", "directory for results, metrics and models (default out/toy, "
                     "or out/TASK with --model)")
     seed: int = flag(RUN, ALL, 0, "seed of everything random")
+    explain: list = flag(RUN, NOTHING, None, "follow a question, such as 47*8, or one of the "
+                         "held-out ones, through Algorithm 1; nothing is trained")
+    ask: list = flag(RUN, NOTHING, None, "ask the models in --out these questions, or those of "
+                     "standard input; nothing is trained")
 
     steps: int = flag(DISTILL, METHOD, None, "updates of each method")
     prompts: int = flag(DISTILL, METHOD, None, "prompts x a step")
@@ -1220,6 +1226,9 @@ def parse_args(argv: list[str] | None) -> Args:
         if field.type is bool:
             groups[group].add_argument(name, action="store_true", help=help)
             continue
+        if field.type is list:
+            groups[group].add_argument(name, nargs="*", metavar="QUESTION", help=help)
+            continue
         toy, real = DEFAULTS.get(field.name, (default, default))
         if toy != real:
             help += f" [{toy}; with --model {real}]"
@@ -1286,7 +1295,8 @@ def check(args: Args) -> None:
                          "known to be correct")
     if any(method.reference for method in methods) and args.teacher_device == "cpu":
         raise UsageError("--method caopd-sc samples from the teacher: leave out --teacher-device")
-    if bool(args.train) != bool(args.eval) or args.task != "arithmetic" and not args.train:
+    graded = args.task == "arithmetic" or bool(args.train) or args.ask is not None
+    if bool(args.train) != bool(args.eval) or not graded:
         raise UsageError(f"--task {args.task} needs both --train FILE.jsonl and --eval FILE.jsonl")
     if args.train and not args.model:
         raise UsageError("--train and --eval need --model: the embedded world's tiny tokenizer "
@@ -1608,7 +1618,12 @@ def main(argv: list[str] | None = None) -> int:
     0, or 2 for a request that cannot be served, or 130 when interrupted.
     """
     try:
-        run(parse_args(argv))
+        args = parse_args(argv)
+        if args.ask is None and args.explain is None:
+            run(args)
+        else:
+            import show
+            show.run(args)
     except BadInput as error:
         print("caopd.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -628,19 +628,41 @@ def draw_operands(grade: str, rng: random.Random, sides: tuple[str, ...]) -> tup
 
 def arithmetic_question(
         grade: str, rng: random.Random, sides: tuple[str, ...], words: bool) -> Example:
-    """Draws a question of a grade, on one of these sides of the split.
+    """Draws a question of a grade, on one of these sides of the split, asked as `words` says."""
+    a, b = draw_operands(grade, rng, sides)
+    return arithmetic_example(a, GRADES[grade][0], b, words, grade)
+
+
+def arithmetic_example(a: int, op: str, b: int, words: bool, grade: str = "") -> Example:
+    """Asks for a + b or a * b.
 
     words: asks "What is 12 + 34?" with the answer "46". Without, the question is "12+34=" and the
         answer is "64", its least significant digit first. In that order a digit depends on digits
         that are already written, which a tiny network can learn.
     """
-    op, (a, b) = GRADES[grade][0], draw_operands(grade, rng, sides)
     result = str(a + b if op == "+" else a * b)
     if words:
         question, answer = f"What is {a} {'times' if op == '*' else op} {b}?", result
     else:
         question, answer = f"{a}{op}{b}=", result[::-1]
     return Example("arithmetic", question, answer, demo=answer, grade=grade)
+
+
+TYPED = re.compile(r"(?:what is\s+)?([0-9]{1,9})\s*([+*x×]|plus|times)\s*([0-9]{1,9})\s*=?\s*\??",
+                   re.IGNORECASE)
+
+
+def typed_question(text: str, words: bool) -> Example | None:
+    """Reads a question as people type it: "47*8=", "47 x 8" or "What is 47 times 8?".
+
+    words: how it is put to the model, see `arithmetic_example`.
+    Returns None for anything but a sum or a product of two whole numbers of at most 9 digits.
+    """
+    typed = TYPED.fullmatch(text.strip())
+    if not typed:
+        return None
+    a, op, b = typed.groups()
+    return arithmetic_example(int(a), "+" if op.lower() in ("+", "plus") else "*", int(b), words)
 
 
 def arithmetic_task(

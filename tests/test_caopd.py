@@ -1429,6 +1429,8 @@ def another(field: dataclasses.Field, value):
         return next(choice for choice in field.metadata["choices"] if choice != value)
     if isinstance(value, bool):
         return not value
+    if value is None:
+        return ["47*8"]
     return value + "x" if isinstance(value, str) else value + 8
 
 

@@ -565,6 +565,24 @@ def test_the_world_asks_what_it_always_asked(seed, words, held_out, base, distil
     assert zlib.crc32(json.dumps(rows).encode()) == crc
 
 
+@pytest.mark.parametrize("text, question, answer", [
+    ("47*8=", "47*8=", "673"), ("47*8", "47*8=", "673"), (" 47 x 8 = ?\n", "47*8=", "673"),
+    ("47×8", "47*8=", "673"), ("what is 47 times 8?", "47*8=", "673"), ("007+5", "7+5=", "21"),
+    ("What is 12 plus 34", "12+34=", "64"), ("5+5", "5+5=", "01")])
+def test_questions_are_read_as_people_type_them(text, question, answer):
+    example = data.typed_question(text, words=False)
+    assert (example.question, example.answer, example.demo) == (question, answer, answer)
+    in_words = data.typed_question(text, words=True)
+    assert in_words.answer == answer[::-1] and data.typed_question(in_words.question, False) == \
+        example
+
+
+@pytest.mark.parametrize("text", ["", "47", "47-8", "47*", "*8", "1.5*2", "-3+4", "3+4+5", "a+b",
+                                  "1234567890*2", "47*8=376", "Who wrote Hamlet?"])
+def test_other_questions_are_not_read(text):
+    assert data.typed_question(text, words=False) is None
+
+
 def test_the_three_sides_of_the_split():
     normal, choosing = (data.arithmetic_task(0, 400, words=False, split=s) for s in data.SPLITS)
 
