@@ -8,6 +8,7 @@ take the models in --out, and --model first where it is given. Models that were 
 one are asked with the flags of their run, --model among them.
 """
 
+import json
 import re
 import sys
 import textwrap
@@ -36,7 +37,8 @@ def run(args: Args) -> None:
     args = replace(args, dtype=pick_dtype(args, device))
     sources = find_models(args)
     first = next(iter(sources.values()))
-    tokenizer, config = Tokenizer.from_pretrained(first), Config.from_pretrained(first)
+    tokenizer = Tokenizer.from_pretrained(first, json.loads(args.template_args))
+    config = Config.from_pretrained(first)
     words = knows_words(tokenizer)
     if words and not args.model:
         raise UsageError(f"--out {args.out}: its models were made from a real one; give the flags "
@@ -252,7 +254,7 @@ def first_target(method: Method, group: Group, tokenizer: Tokenizer, args: Args,
     confidences = method.confidence(group) if method.confidence and replacing else None
     advantages = group_advantages(group, method.reward, method.standardize)
     targets = make_targets(group, confidences, advantages, tokenizer, wording(args),
-                           args.context if method.teacher else None)
+                           args.context if method.teacher else None, args.replace.split(","))
     if not targets:
         return None
     t = targets[0]
