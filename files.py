@@ -3,8 +3,12 @@
 A file that cannot be used is a BadInput, whose message is a sentence for the user.
 """
 
+import dataclasses
 import json
 import os
+import reprlib
+import types
+import typing
 from pathlib import Path
 
 
@@ -12,11 +16,19 @@ class BadInput(ValueError):
     """A file, a flag or a request that cannot be served. The message says which, and why."""
 
 
-def read_text(path: Path) -> str:
-    """Returns a file's text. Raises BadInput where it cannot be read as UTF-8."""
+def read_text(path: Path, absent: str | None = None) -> str:
+    """Returns a file's text, or `absent`, where that is given, if there is no such file.
+
+    Raises BadInput where the file cannot be read as UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except FileNotFoundError:
+        if absent is None:
+            raise BadInput(f"{path.parent}: no {path.name} there; is it the right directory?"
+                           ) from None
+        return absent
+    except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
@@ -27,35 +39,110 @@ def write_text(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
+DEEPEST = 100  # levels of nesting: what works on JSON later may recurse more than reading it does
+
+
 def parse_json(text: str, where: str) -> object:
-    """Parses JSON in the strict sense, which has no NaN and no Infinity.
+    """Parses JSON in the strict sense: no NaN, no Infinity, no halves of a character.
 
     where: what the message names, a file or a line of one.
-    Raises BadInput for anything else, nesting too deep to follow included.
+    Raises BadInput for anything else, nesting over DEEPEST included.
     """
     def refuse(constant: str):
         raise ValueError(f"{constant} is not a number in JSON")
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse)
+        if depth(value) > DEEPEST:
+            raise RecursionError
+        if "\\u" in text:  # Escapes can write half a character, a surrogate, which UTF-8 cannot.
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise BadInput(f"{where}: not JSON that can be read (it is nested too deeply)") from None
     except ValueError as error:
         raise BadInput(f"{where}: not JSON ({error})") from None
 
 
-def read_object(path: Path, required: bool = False) -> dict:
-    """Returns the JSON object in a file of a model directory, or {} where there is no such file.
+def depth(value: object) -> int:
+    inside = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(depth, inside), default=0) if isinstance(value, (dict, list)) else 0
 
-    Raises BadInput where it is `required` and missing, cannot be read, is not JSON, or holds
-    something else.
+
+def read_object(path: Path, required: bool = False) -> dict:
+    """Returns the JSON object in a file, or {} where it is not `required` and there is no such file.
+
+    Raises BadInput where it cannot be read, is not JSON, or holds something else.
     """
-    if not path.exists():
-        if required:
-            raise BadInput(f"{path.parent}: no {path.name} there; "
-                           "pass a Hugging Face model directory")
-        return {}
-    content = parse_json(read_text(path), str(path))
-    if not isinstance(content, dict):
-        raise BadInput(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+    text = read_text(path, absent=None if required else "{}")
+    return an_object(parse_json(text, str(path)), str(path))
+
+
+def an_object(value: object, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise BadInput(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+# ------------------------------------------------------- JSON against its description, a dataclass
+
+def within(least: float, most: float, default=dataclasses.MISSING):
+    """A dataclass's field whose number, or each number of its list, is from `least` to `most`."""
+    return dataclasses.field(default=default, metadata={"range": (least, most)})
+
+
+def from_json(description: type, value: object, where: str):
+    """Makes an instance of a dataclass from a JSON object.
+
+    description: the dataclass. Its annotations say what each field holds: int, float, bool, str,
+        dict, list, list[...], or several of them joined by |. Its own __post_init__ may refuse more.
+    value: the object, as parsed. Keys that the dataclass does not have are passed over, and null is
+        the same as no key.
+    where: what the message names, a file or a line of one.
+    Raises BadInput for anything else, for a field without default that is missing, and for numbers
+    out of the field's range, which is at most that of 64 bits.
+    """
+    given = {key: item for key, item in an_object(value, where).items() if item is not None}
+    made = {}
+    for field in dataclasses.fields(description):
+        if field.name in given:
+            made[field.name] = given[field.name]
+            if problem := misfit(made[field.name], field):
+                raise BadInput(f"{where}: `{field.name}` should be {problem}, "
+                               f"not {reprlib.repr(made[field.name])}")
+        elif field.default is dataclasses.MISSING:
+            raise BadInput(f"{where}: no `{field.name}`")
+    try:
+        return description(**made)
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from None
+
+
+def misfit(value: object, field: dataclasses.Field) -> str:
+    """What a field should hold, in words, if the value is something else; otherwise nothing."""
+    if not fits(value, field.type):
+        return in_words(field.type)
+    least, most = field.metadata.get("range", (-2 ** 63, 2 ** 63 - 1))
+    numbers = [x for x in (value if isinstance(value, list) else [value])
+               if isinstance(x, (int, float))]
+    return "" if all(least <= x <= most for x in numbers) else f"from {least} to {most}"
+
+
+def fits(value: object, kind) -> bool:
+    """Whether a JSON value is what an annotation says. True is no int, and an int is a float."""
+    if isinstance(kind, types.UnionType):
+        return any(fits(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        return type(value) is list and all(fits(item, *typing.get_args(kind)) for item in value)
+    return type(value) is kind or kind is float and type(value) is int
+
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text",
+         dict: "an object", list: "a list", types.NoneType: "null"}
+
+
+def in_words(kind) -> str:
+    inner = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return " or ".join(in_words(one) for one in inner if one is not types.NoneType)
+    return WORDS[kind] if not inner else f"a list, of {in_words(*inner)} alone"

@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from files import BadInput, read_object
+from files import BadInput, from_json, read_object, within
 
 
 class ModelError(BadInput):
@@ -55,45 +55,59 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 @dataclass
 class Config:
-    """The part of config.json that the forward pass depends on, in Hugging Face's own names."""
+    """The part of config.json that the forward pass depends on, in Hugging Face's own names.
+
+    Raises ModelError for numbers that do not go together.
+    """
 
     model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    vocab_size: int = within(1, 2 ** 24)
+    hidden_size: int = within(1, 2 ** 20)
+    intermediate_size: int = within(1, 2 ** 24)
+    num_hidden_layers: int = within(1, 1024)
+    num_attention_heads: int = within(1, 2 ** 12)
+    num_key_value_heads: int = within(0, 2 ** 12, default=0)  # 0 is num_attention_heads
+    head_dim: int = within(0, 2 ** 12, default=0)  # 0 is hidden_size / num_attention_heads
+    max_position_embeddings: int = within(1, 2 ** 31, default=2048)
+    rms_norm_eps: float = within(0, 0.01, default=1e-6)
+    rope_theta: float = within(2, 1e12, default=10000.0)
     rope_scaling: dict | None = None  # {"rope_type": "llama3" or "yarn", and its parameters}
-    sliding_window: int | None = None  # olmo3: tokens that a sliding layer sees, itself included
+    sliding_window: int | None = within(1, 2 ** 31, default=None)  # olmo3: itself included
     layer_types: list[str] | None = None  # olmo3: SLIDING or FULL for each layer
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
+    def __post_init__(self):
+        heads = self.num_attention_heads
+        self.num_key_value_heads = self.num_key_value_heads or heads
+        self.head_dim = self.head_dim or self.hidden_size // heads
+        if heads % self.num_key_value_heads or self.head_dim % 2 or not self.head_dim:
+            raise ModelError(f"{heads} heads of size {self.head_dim} cannot share "
+                             f"{self.num_key_value_heads} key-value heads")
+        types = self.layer_types or []
+        if self.model_type != "olmo3":
+            if set(types) - {FULL}:
+                raise ModelError(f"layer_types = {types} is not supported")
+            self.sliding_window = self.layer_types = None
+        elif (self.sliding_window is None or len(types) != self.num_hidden_layers
+              or set(types) - {SLIDING, FULL}):
+            raise ModelError(f"olmo3 needs a sliding_window and layer_types, "
+                             f"{SLIDING!r} or {FULL!r} for each layer")
+
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Config":
         """Reads directory/config.json.
 
-        Raises ModelError if it is missing or broken, or describes a network that this file does
+        Raises BadInput if it is missing or broken, or describes a network that this file does
         not compute.
         """
         path = Path(directory) / "config.json"
         raw = read_object(path, required=True)
         refuse_variants(path, raw)
-        fields = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
-        fields["rope_theta"], fields["rope_scaling"] = rope_parameters(path, raw)
-        check_heads(path, fields)
-        if raw["model_type"] == "olmo3":
-            check_windows(path, fields)
-        else:
-            fields["sliding_window"] = fields["layer_types"] = None
-        return cls(**fields)
+        raw["rope_theta"], raw["rope_scaling"] = rope_parameters(path, raw)
+        return from_json(cls, raw, str(path))
 
     def window(self, layer: int) -> int | None:
         """How many tokens the layer sees, itself included; None where it sees all."""
@@ -115,85 +129,85 @@ class Config:
 def refuse_variants(path: Path, raw: dict) -> None:
     """Refuses other families, and options of the known ones that would change the network."""
     family = raw.get("model_type")
-    if family not in ARCHITECTURES:
+    if family not in list(ARCHITECTURES):  # A dict would ask for the hash, which a list lacks.
         raise ModelError(f"{path}: model family {family!r} is not supported; "
                          f"supported are {', '.join(ARCHITECTURES)}")
-    layers = set(raw.get("layer_types") or [FULL])
     refused = {
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
         "attention_bias": raw.get("attention_bias"),
         "mlp_bias": raw.get("mlp_bias"),
         "use_sliding_window": raw.get("use_sliding_window"),
         "quantization_config": raw.get("quantization_config"),
-        "layer_types": family != "olmo3" and layers != {FULL},
         "partial_rotary_factor": raw.get("partial_rotary_factor", 1) != 1}
     for name, value in refused.items():
         if value:
             raise ModelError(f"{path}: {name} = {raw[name]!r} is not supported")
 
 
-def check_heads(path: Path, fields: dict) -> None:
-    """Refuses sizes that are not positive or not divisible; fills in the two with a default."""
-    def check(*names: str) -> None:
-        for name in names:
-            if not isinstance(fields.get(name), int) or fields[name] < 1:
-                raise ModelError(f"{path}: {name} must be a positive whole number, "
-                                 f"not {fields.get(name)!r}")
+@dataclass
+class Rope:
+    """The rotary embedding of config.json, as far as all kinds have it."""
 
-    check("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-          "num_attention_heads")
-    heads = fields["num_attention_heads"]
-    fields["num_key_value_heads"] = fields.get("num_key_value_heads") or heads
-    fields["head_dim"] = fields.get("head_dim") or fields["hidden_size"] // heads
-    check("num_key_value_heads", "head_dim")
-    if heads % fields["num_key_value_heads"] or fields["head_dim"] % 2:
-        raise ModelError(f"{path}: {heads} heads of size {fields['head_dim']} cannot share "
-                         f"{fields['num_key_value_heads']} key-value heads")
+    rope_type: str | None = None
+    type: str = "default"  # the older name
+    rope_theta: float | None = None
+    partial_rotary_factor: float = within(1, 1, default=1)
+
+    @property
+    def kind(self) -> str:
+        return self.rope_type or self.type
 
 
-def check_windows(path: Path, fields: dict) -> None:
-    """Refuses an olmo3 configuration that does not say how far each layer looks back."""
-    window, types = fields.get("sliding_window"), fields.get("layer_types")
-    complete = (isinstance(window, int) and window > 0 and isinstance(types, list)
-                and len(types) == fields["num_hidden_layers"] and set(types) <= {SLIDING, FULL})
-    if not complete:
-        raise ModelError(f"{path}: olmo3 needs a sliding_window and layer_types, "
-                         f"{SLIDING!r} or {FULL!r} for each layer")
+@dataclass
+class Llama3:
+    """What its scaling has on top."""
+
+    factor: float = within(1, 1e6)
+    low_freq_factor: float = within(1e-6, 1e6)
+    high_freq_factor: float = within(1e-6, 1e6)
+    original_max_position_embeddings: int = within(1, 2 ** 31)
+
+    def __post_init__(self):
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ModelError("low_freq_factor should be less than high_freq_factor")
 
 
-SCALING_PARAMETERS = {
-    "default": set(),
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow",
-             "original_max_position_embeddings"}}
+@dataclass
+class Yarn:
+    """What its scaling has on top."""
+
+    factor: float = within(1, 1e6)
+    original_max_position_embeddings: int = within(1, 2 ** 31)
+    attention_factor: float = within(1e-6, 1e6, default=0)  # 0 is yarn's own, 0.1 ln(factor) + 1
+    beta_fast: float = within(1e-6, 1e6, default=32)
+    beta_slow: float = within(1e-6, 1e6, default=1)
+
+    def __post_init__(self):
+        self.attention_factor = self.attention_factor or 0.1 * math.log(self.factor) + 1
+
+
+SCALINGS = {"llama3": Llama3, "yarn": Yarn}
 
 
 def rope_parameters(path: Path, raw: dict) -> tuple[float, dict | None]:
     """(theta, scaling), from `rope_parameters` (transformers 5) or the older `rope_theta` and
     `rope_scaling`. olmo3 has a set for each layer type; its sliding layers are never scaled."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    sliding = rope.get(SLIDING, {}) if isinstance(rope, dict) else {}
-    rope = rope.get(FULL, rope) if isinstance(rope, dict) else rope
-    refusal = ModelError(f"{path}: rotary embedding {rope!r} is not supported; "
-                         "'default' and complete 'llama3' and 'yarn' are")
-    if not isinstance(rope, dict) or rope.get("partial_rotary_factor", 1) != 1:
-        raise refusal
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    scaled = sliding.get("rope_type", "default") != "default"
-    if kind not in SCALING_PARAMETERS or scaled or sliding.get("rope_theta", theta) != theta:
-        raise refusal
-    names = SCALING_PARAMETERS[kind]
-    scaling = {name: rope[name] for name in names if rope.get(name) is not None}
-    if not all(isinstance(x, (int, float)) and x > 0 for x in (theta, *scaling.values())):
-        raise refusal
-    if kind == "yarn":
-        stretch = 0.1 * math.log(max(1, scaling.get("factor", 1))) + 1
-        scaling = {"attention_factor": stretch, "beta_fast": 32, "beta_slow": 1} | scaling
-    unknown = rope.keys() - names - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if scaling.keys() != names or unknown and kind != "default":
-        raise refusal
-    return float(theta), {"rope_type": kind} | scaling if scaling else None
+    where = f"{path}: rotary embedding"
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    full, sliding = given, {}
+    if isinstance(given, dict):
+        full, sliding = given.get(FULL, given), given.get(SLIDING, {})
+    rope, windowed = from_json(Rope, full, where), from_json(Rope, sliding, where)
+    theta = raw.get("rope_theta", 10000.0) if rope.rope_theta is None else rope.rope_theta
+    names = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    scaling = {}
+    if rope.kind in SCALINGS:
+        scaling = asdict(from_json(SCALINGS[rope.kind], full, where))
+    unknown = rope.kind != "default" and full.keys() - scaling.keys() - names
+    if (rope.kind not in {"default", *SCALINGS} or unknown or windowed.kind != "default"
+            or windowed.rope_theta not in (None, theta)):
+        raise ModelError(f"{where} {given!r} is not supported; 'default', 'llama3' and 'yarn' are")
+    return theta, {"rope_type": rope.kind} | scaling if scaling else None
 
 
 # ---------------------------------------------------------------------------- rotary embedding
@@ -474,8 +488,8 @@ class Transformer(nn.Module):
         """Loads a Hugging Face directory, tensor by tensor, never holding the weights twice.
 
         dtype: float32, bfloat16 or float16; None keeps what the files hold.
-        Raises ModelError for a directory that is no supported model, a file that cannot be read,
-        and a tensor that is missing, unexpected or of the wrong shape.
+        Raises BadInput for a directory that is no supported model, a file that cannot be read,
+        and a tensor that is missing, unexpected, of the wrong shape or not finite.
         """
         directory = Path(directory)
         config = Config.from_pretrained(directory)
@@ -502,18 +516,25 @@ class Transformer(nn.Module):
             os.replace(directory / f"{name}.tmp", directory / name)
 
 
+@dataclass
+class Index:
+    """model.safetensors.index.json: which file of the same directory holds which tensor."""
+
+    weight_map: dict
+
+    def __post_init__(self):
+        if not all(isinstance(s, str) and s == Path(s).name for s in self.weight_map.values()):
+            raise ModelError("weight_map must map tensor names to file names in the same directory")
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The directory's safetensors files: the shards that the index names, or the single file."""
     index, files = directory / "model.safetensors.index.json", [directory / "model.safetensors"]
-    if index.exists():
-        shards = read_object(index).get("weight_map")
-        if not (isinstance(shards, dict)
-                and all(isinstance(s, str) and s == Path(s).name for s in shards.values())):
-            raise ModelError(f"{index}: weight_map must map tensor names to file names "
-                             "in the same directory")
+    if os.path.lexists(index):
+        shards = from_json(Index, read_object(index), str(index)).weight_map
         files = [directory / shard for shard in sorted(set(shards.values()))]
     for path in files:
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises where a name is too long.
             raise ModelError(f"{directory}: {path.name} is missing; weights are read from "
                              "safetensors files alone (pickles are never opened)")
     return files
@@ -533,6 +554,8 @@ def read_weights(path: Path, expected: dict[str, Tensor], tied: bool, dtype: tor
                 weights[name] = file.get_tensor(name)
                 if dtype is not None:
                     weights[name] = weights[name].to(dtype)
+                if not all(end.isfinite() for end in weights[name].aminmax()):
+                    raise ModelError(f"{path}: tensor {name} holds NaN or infinity")
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error})") from None
     return weights

@@ -462,7 +462,7 @@ def test_jsonl_errors_name_file_and_line(tmp_path, task, line, words):
 
 
 def test_jsonl_missing_empty_and_not_text(tmp_path):
-    with pytest.raises(BadInput, match="cannot be read"):
+    with pytest.raises(BadInput, match="no absent.jsonl there"):
         load_jsonl(tmp_path / "absent.jsonl", "mcq")
     with pytest.raises(BadInput, match="no examples"):
         load_jsonl(write(tmp_path / "empty.jsonl", "", " "), "mcq")

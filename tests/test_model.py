@@ -489,9 +489,30 @@ def broken(tmp_path: Path, name: str = "qwen3", **config) -> Path:
     (dict(num_hidden_layers=2), "unexpected tensor model.layers.2"),
     (dict(intermediate_size=41), r"has shape \[40, 32\]|has shape \[32, 40\]"),
     (dict(model_type="llama"), "unexpected tensor"), (dict(model_type="olmo3"), "sliding_window"),
-    (dict(model_type="olmo3", sliding_window=8, layer_types=["full_attention"]), "layer_types")])
+    (dict(model_type="olmo3", sliding_window=8, layer_types=["full_attention"]), "layer_types"),
+    (dict(model_type="olmo3", sliding_window=-1), "`sliding_window` should be from 1"),
+    (dict(model_type={}), "model family {} is not"), (dict(model_type=None), "family None is not"),
+    (dict(layer_types=1), "`layer_types` should be a list, of text alone"),
+    (dict(layer_types=[{}]), "`layer_types` should be"), (dict(vocab_size=True), "vocab_size"),
+    (dict(head_dim=2 ** 64), "`head_dim` should be from 0 to 4096"), (dict(head_dim=3), "size 3"),
+    (dict(num_hidden_layers=10 ** 9), "`num_hidden_layers` should be from 1 to 1024"),
+    (dict(hidden_size=None), "no `hidden_size`"), (dict(hidden_size=32.0), "a whole number"),
+    (dict(tie_word_embeddings=2), "`tie_word_embeddings` should be true or false, not 2"),
+    (dict(rms_norm_eps=1), "rms_norm_eps"), (dict(rms_norm_eps="1e-6"), "should be a number"),
+    (dict(max_position_embeddings=1e300), "max_position_embeddings"),
+    (dict(eos_token_id=True), "`eos_token_id` should be a whole number or a list"),
+    (dict(eos_token_id=[0, "1"]), "eos_token_id"), (dict(eos_token_id=2 ** 63), "eos_token_id"),
+    (dict(quantization_config=[[[[[[[1]]]]]]]), "quantization"), (dict(hidden_act={}), "hidden_act"),
+    (dict(rope_parameters=[1]), "rotary"), (dict(rope_parameters=dict(rope_theta=0)), "rope_theta"),
+    (dict(rope_parameters=dict(rope_type=[])), "`rope_type` should be text"),
+    (dict(rope_parameters=None, rope_theta="x"), "rope_theta"),
+    (dict(rope_parameters=dict(full_attention=3)), "rotary embedding: expected a JSON object"),
+    (dict(rope_parameters=dict(rope_type="yarn", factor=True, rope_theta=1e4)), "factor"),
+    (dict(rope_parameters=dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=4,
+                               high_freq_factor=4, original_max_position_embeddings=32)),
+     "low_freq_factor should be less")])
 def test_refuses_configurations_it_does_not_compute(tmp_path, config, words):
-    with pytest.raises(ModelError, match=words):
+    with pytest.raises(BadInput, match=words):
         Transformer.from_pretrained(broken(tmp_path, **config))
 
 
@@ -508,31 +529,45 @@ def test_refuses_missing_and_broken_files(tmp_path):
     (m / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(BadInput, match="pickles are never opened"):
         Transformer.from_pretrained(m)
-    (m / "config.json").write_text("{")
-    with pytest.raises(BadInput, match="config.json: not JSON"):
-        Transformer.from_pretrained(m)
-    (m / "config.json").write_text("[]")
-    with pytest.raises(BadInput, match="JSON object"):
-        Transformer.from_pretrained(m)
+    for content, words in [(b"{", "not JSON"), (b"", "not JSON"), (b"[]", "JSON object"),
+                           (b"\xff", "UTF-8"), (b'{"a":' * 500 + b"1" + b"}" * 500, "nested"),
+                           (b'{"model_type": "\\ud800"}', "surrogates not allowed")]:
+        (m / "config.json").write_bytes(content)
+        with pytest.raises(BadInput, match=f"config.json: .*{words}"):
+            Transformer.from_pretrained(m)
 
 
-def test_refuses_a_bad_index_and_other_dtypes(tmp_path):
+def test_refuses_a_bad_index_other_dtypes_and_what_is_not_finite(tmp_path):
     m = broken(tmp_path, "qwen2")
     index = json.loads((m / "model.safetensors.index.json").read_text())
     (m / "model-00002-of-00003.safetensors").rename(m / "away")
-    with pytest.raises(ModelError, match="model-00002-of-00003.safetensors is missing"):
+    with pytest.raises(BadInput, match="model-00002-of-00003.safetensors is missing"):
         Transformer.from_pretrained(m)
     index["weight_map"] = {name: "../" + shard for name, shard in index["weight_map"].items()}
-    (m / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="weight_map"):
-        Transformer.from_pretrained(m)
+    for bad in (index, {}, {"weight_map": []}, {"weight_map": {"a": 1}}):
+        (m / "model.safetensors.index.json").write_text(json.dumps(bad))
+        with pytest.raises(BadInput, match="weight_map"):
+            Transformer.from_pretrained(m)
+    for shard in ("x" * 300, "", "\0"):
+        (m / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+        with pytest.raises(BadInput, match="is missing"):
+            Transformer.from_pretrained(m)
     (tmp_path / "other").mkdir()
     other = broken(tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     narrow = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
     save_file(narrow, other / "model.safetensors")
-    with pytest.raises(ModelError, match="F8_E4M3"):
+    with pytest.raises(BadInput, match="F8_E4M3"):
         Transformer.from_pretrained(other)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        tensors["model.norm.weight"][3] = value
+        save_file(tensors, other / "model.safetensors")
+        with pytest.raises(BadInput, match="tensor model.norm.weight holds NaN or infinity"):
+            Transformer.from_pretrained(other)
+    tensors["model.norm.weight"][3] = 1e6
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(BadInput, match="tensor model.norm.weight holds NaN or infinity"):
+        Transformer.from_pretrained(other, dtype=torch.float16)
 
 
 def test_loading_holds_the_weights_once(tmp_path):
