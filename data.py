@@ -21,8 +21,9 @@ import jinja2  # it comes with torch
 import jinja2.ext
 import jinja2.sandbox
 import tokenizers
+from jinja2 import nodes
 
-from files import BadInput, parse_json, read_object, read_text, write_text
+from files import BadInput, from_json, parse_json, read_object, read_text, within, write_text
 
 
 class DataError(BadInput):
@@ -338,6 +339,35 @@ def teacher_messages(
 
 # ------------------------------------------------------- tokenizer and chat template
 
+@dataclass
+class TokenizerConfig:
+    """What is read of tokenizer_config.json: the chat template, or a list of named ones."""
+
+    chat_template: str | list[dict] | None = None
+
+
+@dataclass
+class NamedTemplate:
+    """An entry of such a list."""
+
+    name: str
+    template: str
+
+
+@dataclass
+class Generation:
+    """What is read of generation_config.json, or of config.json in its place: the end tokens."""
+
+    eos_token_id: int | list[int] | None = within(0, 2 ** 31, default=None)
+
+
+@dataclass
+class SpecialToken:
+    """An entry such as eos_token of tokenizer_config.json."""
+
+    content: str
+
+
 class Tokenizer:
     """A Hugging Face tokenizer with the chat template of its model.
 
@@ -354,7 +384,7 @@ class Tokenizer:
                  origin: str = "the tokenizer", template_args: dict | None = None):
         self.backend, self.config, self.generation = backend, config, generation
         self.origin, self.template_args = origin, template_args or {}
-        self.special_tokens = special_tokens(config)
+        self.special_tokens = special_tokens(config, origin)
         self.eos_ids = self.find_eos_ids()
         if not self.eos_ids:
             raise DataError(f"{origin}: no end token; tokenizer_config.json needs an eos_token "
@@ -364,9 +394,9 @@ class Tokenizer:
     def find_eos_ids(self) -> list[int]:
         """Collects the eos_token of the tokenizer's file and what the generation's file adds."""
         named = self.backend.token_to_id(self.special_tokens.get("eos_token", ""))
-        listed = self.generation.get("eos_token_id")
+        listed = from_json(Generation, self.generation, self.origin).eos_token_id
         candidates = [named, *(listed if isinstance(listed, list) else [listed])]
-        return list(dict.fromkeys(i for i in candidates if isinstance(i, int)))
+        return list(dict.fromkeys(i for i in candidates if i is not None))
 
     @classmethod
     def from_pretrained(
@@ -402,8 +432,15 @@ class Tokenizer:
             write_text(directory / name, text)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a text, without any that mark its beginning or end."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Returns the token ids of a text, without any that mark its beginning or end.
+
+        Raises DataError for what the tokenizer cannot write, such as an unknown word where it has
+        no token for these.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the tokenizers library raises nothing more specific
+            raise DataError(f"{self.origin}: {text[:60]!r} has no tokens ({error})") from None
 
     def decode(self, ids: list[int]) -> str:
         """Returns the text of token ids, without their special tokens."""
@@ -418,27 +455,29 @@ class Tokenizer:
         variables = {"tools": None, "documents": None, **self.special_tokens, **self.template_args,
                      "messages": messages, "add_generation_prompt": True}
         try:
-            text = self.template.render(variables)
+            text = render(self.template, variables)
         except Exception as error:  # the template is foreign code and can raise anything
             raise DataError(f"{self.origin}: the chat template failed: {error}") from None
-        return self.encode(text)
+        if not (ids := self.encode(text)):
+            raise DataError(f"{self.origin}: the chat template leaves nothing of the messages")
+        return ids
 
 
-def special_tokens(config: dict) -> dict[str, str]:
+def special_tokens(config: dict, origin: str) -> dict[str, str]:
     """Returns eos_token and its like by name. A config gives each as text or as a dict with it."""
-    texts = {name: token.get("content") if isinstance(token, dict) else token
-             for name, token in config.items() if name.endswith("_token")}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+    named = {name: token if isinstance(token, dict) else {"content": token}
+             for name, token in config.items()
+             if name.endswith("_token") and token is not None and not isinstance(token, bool)}
+    return {name: from_json(SpecialToken, token, f"{origin}: {name}").content
+            for name, token in named.items()}
 
 
 def read_backend(directory: Path) -> tokenizers.Tokenizer:
     """Reads tokenizer.json, and sets aside what it says about cutting and padding texts."""
     path = directory / "tokenizer.json"
-    if not path.exists():
-        raise DataError(f"{directory}: no tokenizer.json there; "
-                        "pass a Hugging Face model directory")
+    text = read_text(path)
     try:
-        backend = tokenizers.Tokenizer.from_str(read_text(path))
+        backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the tokenizers library raises nothing more specific
         raise DataError(f"{path}: not a readable tokenizer ({error})") from None
     backend.no_truncation()
@@ -454,10 +493,10 @@ class GenerationBlock(jinja2.ext.Extension):
 
     tags = {"generation"}
 
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
+        return nodes.Scope(body, lineno=line)
 
 
 def raise_exception(message: str):
@@ -470,36 +509,88 @@ def strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def template_sandbox() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """Makes what chat templates run in: the helpers that they expect, and nothing beyond them.
+LONGEST = 10 ** 7  # characters that a template may write, or have in one value
+FUEL = 10 ** 5  # what it may do: calls, turns of loops, outputs and assignments
 
-    A template is foreign code. Of the functions that Jinja offers by itself, three remain. Among
-    the others is `lipsum`, which writes as much text as it is asked for.
+
+class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """What chat templates run in: the helpers that they expect, and nothing beyond them.
+
+    A template is foreign code, and has to end. Compiling puts a call of `metered` around whatever
+    it writes, assigns or repeats, and every call costs fuel. What stays unbounded is a single
+    filter or a single format of a number, such as `'' | center(10 ** 9)`.
     """
-    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True,
-        extensions=["jinja2.ext.loopcontrols", GenerationBlock])
-    kept = {name: sandbox.globals[name] for name in ("range", "dict", "namespace")}
-    sandbox.globals = kept | {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    sandbox.filters["tojson"] = lambda value, **options: json.dumps(
-        value, **{"ensure_ascii": False} | options)
-    return sandbox
+
+    intercepted_binops = frozenset(["*", "**"])
+    fuel = FUEL
+
+    def __init__(self):
+        super().__init__(trim_blocks=True, lstrip_blocks=True,
+                         extensions=["jinja2.ext.loopcontrols", GenerationBlock])
+        # Among Jinja's other functions is `lipsum`, which writes as much text as it is asked for.
+        kept = {name: self.globals[name] for name in ("range", "dict", "namespace")}
+        self.globals = kept | {"raise_exception": raise_exception, "strftime_now": strftime_now,
+                               "metered": as_it_is}
+        self.filters["tojson"] = lambda value, **options: json.dumps(
+            value, **{"ensure_ascii": False} | options)
+
+    def call(self, context, function, *args, **kwargs):
+        self.fuel -= 1
+        sizes = [len(value) for value in (*args, *kwargs.values())
+                 if isinstance(value, (str, list, tuple, dict))]
+        if self.fuel < 0 or max(sizes, default=0) > LONGEST:
+            raise jinja2.TemplateError("it does not seem to end")
+        return super().call(context, function, *args, **kwargs)
+
+    def call_binop(self, context, operator, left, right):
+        sizes = [len(x) if isinstance(x, (str, list, tuple)) else abs(x) for x in (left, right)]
+        if max(sizes) > 100 if operator == "**" else sizes[0] * sizes[1] > LONGEST:
+            raise jinja2.TemplateError(f"the result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+    def compile_metered(self, source: str) -> jinja2.Template:
+        def metered(expression: nodes.Expr) -> nodes.Expr:
+            return nodes.Call(nodes.Name("metered", "load"), [expression], [], None, None)
+
+        tree = self.parse(source)
+        for node in list(tree.find_all((nodes.Assign, nodes.For, nodes.Output))):
+            if isinstance(node, nodes.Assign):
+                node.node = metered(node.node)
+            elif isinstance(node, nodes.For):
+                node.body.insert(0, nodes.ExprStmt(metered(nodes.Const(None))))
+            else:
+                node.nodes = [metered(x) if not isinstance(x, nodes.TemplateData) else x
+                              for x in node.nodes]
+        tree.set_environment(self)
+        return self.from_string(tree)
+
+
+def render(template: jinja2.Template, variables: dict) -> str:
+    """Returns what a template writes. Raises whatever it raises, and where it does not end."""
+    template.environment.fuel, length, pieces = FUEL, 0, []
+    for piece in template.generate(variables):
+        length += len(piece)
+        if length > LONGEST:
+            raise jinja2.TemplateError(f"it writes over {LONGEST:,} characters")
+        pieces.append(piece)
+    return "".join(pieces)
 
 
 def compile_template(source: str | list | None, origin: str) -> jinja2.Template:
     """Compiles a chat template.
 
     source: the template, or a list of named ones, of which the one named "default" is taken.
-    Raises DataError, which names the `origin`, where there is none or it does not compile.
+    Raises BadInput, which names the `origin`, where there is none or it does not compile.
     """
+    source = from_json(TokenizerConfig, {"chat_template": source}, origin).chat_template
     if isinstance(source, list):
-        named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-        source = named.get("default")
-    if not isinstance(source, str):
+        listed = [from_json(NamedTemplate, one, f"{origin}: chat_template") for one in source]
+        source = {one.name: one.template for one in listed}.get("default")
+    if source is None:
         raise DataError(f"{origin}: no chat template; pass an instruct model, "
                         "or add chat_template.jinja")
     try:
-        return template_sandbox().from_string(source)
+        return TemplateSandbox().compile_metered(source)
     except Exception as error:  # the template is foreign code, and compiling it can fail anyhow
         raise DataError(f"{origin}: the chat template does not compile: {error}") from None
 
@@ -546,39 +637,37 @@ def load_jsonl(path: str | Path, task: str) -> list[Example]:
     return examples
 
 
+@dataclass
+class Row:
+    """A line of JSONL. A missing answer, null and "" are no answer, but 0 is one."""
+
+    prompt: str
+    answer: str | int | list
+    system: str = ""
+    demo: str = ""
+    grade: str = ""
+
+    def __post_init__(self):
+        for name in ("prompt", "answer"):
+            if getattr(self, name) == "":
+                raise DataError(f"no `{name}`")
+
+
 def parse_example(line: str, task: str, where: str) -> Example:
     """Makes an example of a line, and verifies its demonstration with its own answer."""
-    row = parse_json(line, where)
-    check_fields(row, where)
-    kind, answer = KINDS[task], row["answer"]
-    if isinstance(answer, (str, int)):
-        answer = str(answer).strip()
+    row, kind = from_json(Row, parse_json(line, where), where), KINDS[task]
+    answer = row.answer if isinstance(row.answer, list) else str(row.answer).strip()
     try:
-        example = Example(task, row["prompt"], answer, system=row.get("system", ""),
-                          demo=row.get("demo") or kind.demonstrate(answer),
-                          grade=row.get("grade", task), where=where)
+        demo = row.demo or kind.demonstrate(answer)
+        example = Example(task, row.prompt, answer, row.system, demo, row.grade or task, where)
         verified = verify(example, example.demo)
     except (TypeError, KeyError, AttributeError, IndexError, ValueError):
         verified = False  # the answer has the form of another task
     if not verified:
-        and_demo = ", and `demo` should give it" if row.get("demo") else ""
-        raise DataError(f"{where}: the task {task} cannot verify the answer {row['answer']!r}; "
+        and_demo = ", and `demo` should give it" if row.demo else ""
+        raise DataError(f"{where}: the task {task} cannot verify the answer {row.answer!r}; "
                         f"it should be {kind.form}{and_demo}")
     return example
-
-
-def check_fields(row: object, where: str) -> None:
-    """Raises DataError unless a line is an object with a prompt and an answer, and texts are texts.
-
-    A missing answer, null and "" are no answer, but 0 is one.
-    """
-    for field in ("prompt", "answer"):
-        if not isinstance(row, dict) or row.get(field) in (None, ""):
-            raise DataError(f"{where}: no `{field}`; each line should be a JSON object "
-                            "with `prompt` and `answer`")
-    for field in ("prompt", "system", "demo", "grade"):
-        if not isinstance(row.get(field, ""), str):
-            raise DataError(f"{where}: `{field}` should be text, not {type(row[field]).__name__}")
 
 
 def listed_task(examples: list[Example], held_out: list[Example], seed: int) -> Task:

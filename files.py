@@ -70,7 +70,7 @@ def depth(value: object) -> int:
 
 
 def read_object(path: Path, required: bool = False) -> dict:
-    """Returns the JSON object in a file, or {} where it is not `required` and there is no such file.
+    """Returns the JSON object in a file, or {} where there is none and it is not `required`.
 
     Raises BadInput where it cannot be read, is not JSON, or holds something else.
     """
@@ -95,7 +95,7 @@ def from_json(description: type, value: object, where: str):
     """Makes an instance of a dataclass from a JSON object.
 
     description: the dataclass. Its annotations say what each field holds: int, float, bool, str,
-        dict, list, list[...], or several of them joined by |. Its own __post_init__ may refuse more.
+        dict, list, list[...], or several of them joined by |. Its __post_init__ may refuse more.
     value: the object, as parsed. Keys that the dataclass does not have are passed over, and null is
         the same as no key.
     where: what the message names, a file or a line of one.

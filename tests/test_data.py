@@ -338,6 +338,13 @@ def test_templates_have_what_they_need(tmp_path):
     ("{{ ''.__class__.__base__.__subclasses__() }}", "template failed"),
     ("{% for i in range(10**9) %}{% endfor %}", "template failed"),
     ("{% set _ = messages.append(1) %}", "template failed"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "to end"),
+    ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "template failed"),
+    ("{% for i in range(9999) %}{{ 'x' * 2000 }}{% endfor %}", "writes over 10,000,000 char"),
+    ("{{ 'x' * 1000000000 }}", "too large"), ("{{ 10 ** 10 ** 10 }}", "too large"),
+    ("{% set n = namespace(x='x') %}{% for i in range(64) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+     "does not seem to end"), ("{{ messages[1] }}", "leaves nothing"), ("", "leaves nothing"),
+    (r"{{ '\ud800' }}", "has no tokens"),
     ("{{ lipsum(n=10**9) }}", "template failed: 'lipsum' is undefined"),
     ("{{ cycler(1) }}", "template failed: 'cycler' is undefined"),
     ("{{ joiner() }}", "template failed: 'joiner' is undefined")])
@@ -351,10 +358,24 @@ def test_templates_render_in_a_sandbox(tmp_path, template, words):
     (dict(chat_template="{% if %}"), "does not compile"),
     (dict(chat_template="{% generation %}"), "does not compile"),
     (dict(chat_template=None), "no chat template"), (dict(chat_template=[]), "no chat template"),
-    (dict(chat_template=["x"]), "no chat template")])
+    (dict(chat_template=["x"]), "`chat_template` should be text or a list"),
+    (dict(chat_template={}), "`chat_template` should be"),
+    (dict(chat_template=[{}]), "chat_template: no `name`"),
+    (dict(chat_template=[dict(name="default", template=3)]), "`template` should be text"),
+    (dict(chat_template="{{ '\ud800' }}"), "surrogates not allowed"),
+    (dict(chat_template="{% if 1 %}" * 5000), "does not compile"),
+    (dict(bos_token={}), "bos_token: no `content`"), (dict(eos_token=3), "`content` should be text"),
+    (dict(eos_token=dict(content=[])), "`content` should be text")])
 def test_refuses_bad_templates(tmp_path, config, words):
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(BadInput, match=words):
         Tokenizer.from_pretrained(write_tokenizer(tmp_path, **config))
+
+
+def test_refuses_a_word_that_has_no_token(tmp_path):
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0}))
+    tokenizer = Tokenizer(backend, {"eos_token": "<eos>", "chat_template": "x"}, {})
+    with pytest.raises(DataError, match="'x' has no tokens"):
+        tokenizer.chat(ASK)
 
 
 def test_refuses_bad_tokenizer_files(tmp_path):
@@ -392,6 +413,10 @@ def test_an_object_of_a_missing_or_an_unreadable_file(tmp_path):
         with pytest.raises(BadInput, match=f"{name}: cannot be read as UTF-8"):
             files.read_object(tmp_path / name)
     write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").mkdir()
+    with pytest.raises(BadInput, match="chat_template.jinja: cannot be read as UTF-8"):
+        Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").rmdir()
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(BadInput, match="chat_template.jinja: cannot be read as UTF-8"):
         Tokenizer.from_pretrained(tmp_path)
@@ -399,6 +424,10 @@ def test_an_object_of_a_missing_or_an_unreadable_file(tmp_path):
 
 def test_refuses_a_tokenizer_without_an_end_token(tmp_path):
     write_tokenizer(tmp_path, eos_token="<absent>")
+    for bad in ("true", "[true]", "-1", str(2 ** 63), str(10 ** 30), '"1"', "1.0", "{}", "NaN"):
+        write(tmp_path / "generation_config.json", f'{{"eos_token_id": {bad}}}')
+        with pytest.raises(BadInput, match="`eos_token_id` should be|NaN"):
+            Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     with pytest.raises(DataError, match="no end token"):
         Tokenizer.from_pretrained(tmp_path)
@@ -435,7 +464,8 @@ def test_jsonl_numbers_as_answers(tmp_path, answer, text):
 
 
 @pytest.mark.parametrize("task, line, words", [
-    ("mcq", "{", "not JSON"), ("mcq", "[1]", "no `prompt`"),
+    ("mcq", "{", "not JSON"), ("mcq", "[1]", "a JSON object"),
+    ("mcq", '{"prompt": "\\ud800", "answer": "A"}', "surrogates not allowed"),
     ("mcq", '{"prompt": "p"}', "no `answer`"), ("mcq", '{"answer": "A"}', "no `prompt`"),
     ("mcq", '{"prompt": 3, "answer": "A"}', "should be text"),
     ("mcq", '{"prompt": "p", "answer": "AB"}', "cannot verify"),
@@ -444,10 +474,10 @@ def test_jsonl_numbers_as_answers(tmp_path, answer, text):
     ("mcq", '{"prompt": "p", "answer": "A", "demo": "<answer>B</answer>"}',
      "`demo` should give it"),
     ("arithmetic", '{"prompt": "p", "answer": "four"}', "a whole number"),
-    ("arithmetic", '{"prompt": "p", "answer": 2.5}', "cannot verify"),
+    ("arithmetic", '{"prompt": "p", "answer": 2.5}', "`answer` should be"),
     ("arithmetic", '{"prompt": "p", "answer": null}', "no `answer`"),
     ("arithmetic", '{"prompt": "p", "answer": ""}', "no `answer`"),
-    ("arithmetic", '{"prompt": "p", "answer": false}', "cannot verify"),
+    ("arithmetic", '{"prompt": "p", "answer": false}', "`answer` should be"),
     ("arithmetic", '{"prompt": "", "answer": 1}', "no `prompt`"),
     ("tool", '{"prompt": "p", "answer": "search"}', "cannot verify"),
     ("tool", '{"prompt": "p", "answer": []}', "cannot verify"),
