@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 import data
 from data import Example, Task, Tokenizer, Wording
-from files import BadInput, parse_json, write_text
+from files import BadInput, finite, from_json, parse_json, read_text, within, write_text
 from model import Config, SharedPrefix, Transformer, activation_bytes, generate
 
 # ------------------------------------------------------------------- Algorithm 1, step 1: rollout
@@ -721,6 +721,22 @@ TROUBLE = {  # figure of a step: when something is wrong, and what to try
                "(--teacher-rate 0), or learn the value itself (--method caopd-direct)")}
 
 
+@dataclass
+class Progress:
+    """What a checkpoint says of itself, beside its tensors."""
+
+    settings: dict  # which it was made with
+    step: int = within(0, 2 ** 63)  # the next one
+
+
+@dataclass
+class Logged:
+    """What a line of metrics.jsonl has in every stage."""
+
+    stage: str
+    step: int = within(0, 2 ** 63)
+
+
 class Stage:
     """What surrounds a training loop: it resumes, shows progress, logs, and saves checkpoints.
 
@@ -776,29 +792,33 @@ class Stage:
         """Takes the checkpoint of an interrupted run, tensor by tensor; the step to go on from."""
         if not self.path.exists():
             return 0
+        where = f"{self.path} (delete it to start this stage again)"
         try:
             with safe_open(self.path, framework="pt", device=str(self.device)) as file:
-                if json.loads(file.metadata()["settings"]) != self.settings:
+                metadata = (file.metadata() or {}).items()
+                raw = {key: parse_json(text, where) for key, text in metadata}
+                progress = from_json(Progress, raw, where)
+                if progress.settings != self.settings:
                     return 0
                 for name, tensor in self.tensors.items():
-                    tensor.copy_(file.get_tensor(name))
-                step = int(file.metadata()["step"])
-        except SafetensorError as error:
-            raise UsageError(f"{self.path}: not a readable checkpoint ({error}); "
-                             "delete it to start this stage again") from None
-        tqdm.write(f"Going on from step {step} of an interrupted run ({self.path}).")
-        return step
+                    stored = file.get_tensor(name)
+                    if (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):
+                        raise UsageError(f"{where}: tensor {name} is of another dtype or shape")
+                    tensor.copy_(finite(stored, name, where))
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{where}: not a readable checkpoint ({error})") from None
+        tqdm.write(f"Going on from step {progress.step} of an interrupted run ({self.path}).")
+        return progress.step
 
     def drop_rows_from(self, step: int) -> None:
         """Takes this stage's rows from `step` on out of metrics.jsonl: they are made again."""
         kept = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # the last line of a run that was killed while writing
-            if row.get("stage") != self.name or row["step"] < step:
-                kept.append(line + "\n")
+        for number, line in enumerate(read_text(self.metrics, absent="").splitlines(True), 1):
+            if line.endswith("\n"):  # unless the run was killed while it wrote this last line
+                where = f"{self.metrics}, line {number}"
+                row = from_json(Logged, parse_json(line, where), where)
+                if row.stage != self.name or row.step < step:
+                    kept.append(line)
         write_text(self.metrics, "".join(kept))
 
 
@@ -1347,11 +1367,11 @@ def find_model(name: str) -> Path | None:
     """A directory as it is; a hub name through huggingface_hub; None for the embedded world."""
     if not name:
         return None
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # Path.is_dir raises where a name is too long.
         return Path(name)
-    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UsageError(f"--model {name}: no such directory; pass a Hugging Face model directory "
-                         "or a hub name like owner/model")
+    if os.path.exists(name) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UsageError(f"--model {name}: no such directory, or none that may be entered; pass a "
+                         "Hugging Face model directory or a hub name like owner/model")
     try:
         from huggingface_hub import snapshot_download
         texts_and_weights = ["*.json", "*.safetensors", "*.jinja"]
@@ -1367,6 +1387,10 @@ def find_model(name: str) -> Path | None:
 
 def make_task(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
     """The generated questions, or those of --train and --eval, within the limits of length."""
+    last = max(*tokenizer.backend.get_vocab().values(), *tokenizer.eos_ids)
+    if last >= config.vocab_size:
+        raise UsageError(f"{tokenizer.origin}: its token {last} is outside the model's vocabulary "
+                         f"of {config.vocab_size}: tokenizer and weights do not belong together")
     if not args.train:
         task = data.arithmetic_task(args.seed, args.eval_questions, bool(args.model), args.split)
         every_grade = task.held_out + task.draw(64, "lengths", 0)
@@ -1553,7 +1577,7 @@ def make_base(origin: Path | None, config: Config, tokenizer: Tokenizer, task: T
         return origin
     base, identity = out / "base", json.dumps(settings(args, "base", task), indent=2)
     made = base / "settings.json"
-    if made.exists() and made.read_text() == identity:
+    if read_text(made, absent="") == identity:
         print(f"Reusing the base model in {base}: it was made with the same settings.")
         return base
     model = load_model(origin, config, args, device)

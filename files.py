@@ -11,6 +11,8 @@ import types
 import typing
 from pathlib import Path
 
+from torch import Tensor
+
 
 class BadInput(ValueError):
     """A file, a flag or a request that cannot be served. The message says which, and why."""
@@ -23,7 +25,7 @@ def read_text(path: Path, absent: str | None = None) -> str:
     """
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if absent is None:
             raise BadInput(f"{path.parent}: no {path.name} there; is it the right directory?"
                            ) from None
@@ -146,3 +148,10 @@ def in_words(kind) -> str:
     if isinstance(kind, types.UnionType):
         return " or ".join(in_words(one) for one in inner if one is not types.NoneType)
     return WORDS[kind] if not inner else f"a list, of {in_words(*inner)} alone"
+
+
+def finite(tensor: Tensor, name: str, where: str) -> Tensor:
+    """The tensor as it is. Raises BadInput where it holds NaN or infinity."""
+    if not all(end.isfinite() for end in tensor.aminmax()):
+        raise BadInput(f"{where}: tensor {name} holds NaN or infinity")
+    return tensor

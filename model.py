@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from files import BadInput, from_json, read_object, within
+from files import BadInput, finite, from_json, read_object, within
 
 
 class ModelError(BadInput):
@@ -554,8 +554,7 @@ def read_weights(path: Path, expected: dict[str, Tensor], tied: bool, dtype: tor
                 weights[name] = file.get_tensor(name)
                 if dtype is not None:
                     weights[name] = weights[name].to(dtype)
-                if not all(end.isfinite() for end in weights[name].aminmax()):
-                    raise ModelError(f"{path}: tensor {name} holds NaN or infinity")
+                finite(weights[name], name, str(path))
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error})") from None
     return weights

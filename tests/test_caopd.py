@@ -20,12 +20,14 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 
 import caopd
 import data
 import model
 from caopd import (METHODS, AdamW, Args, Group, Rollout, Sampling, Stage, Target, UsageError,
                    accumulate_gradient, calibration, ema_update, make_targets, parse_args)
+from files import BadInput
 from model import Config, Transformer
 
 TINY = ["--width", "16", "--layers", "1", "--sft-steps", "6", "--sft-documents", "8",
@@ -1403,8 +1405,28 @@ def test_a_checkpoint_of_other_settings_is_not_taken(tmp_path):
     assert stage(fresh, args).start == 1
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), fresh.parameters()))
     assert not all(torch.equal(a, b) for a, b in zip(untouched, fresh.parameters()))
-    (tmp_path / "opd/checkpoint.safetensors").write_bytes(b"cut")
-    with pytest.raises(UsageError, match="not a readable checkpoint"):
+    (tmp_path / "metrics.jsonl").write_text('[1]\n')
+    with pytest.raises(BadInput, match="metrics.jsonl, line 1: expected a JSON object"):
+        stage(fresh, args)
+    path = tmp_path / "opd/checkpoint.safetensors"
+    tensors = load_file(path)
+    name, good = next(iter(tensors)), {"step": "1", "settings": json.dumps(first.settings)}
+    for changed, metadata, words in [
+            ({}, {}, "no `settings`"), ({}, good | {"step": "-1"}, "`step` should be"),
+            ({}, good | {"step": "x"}, "not JSON"), ({}, good | {"settings": "[]"}, "an object"),
+            ({name: tensors[name].double()}, good, "another dtype"),
+            ({name: tensors[name][:1]}, good, "another dtype or shape"),
+            ({name: tensors[name] * torch.nan}, good, "holds NaN"), (None, good, "readable")]:
+        broken = {name: tensors[name]} if changed is None else tensors | changed
+        save_file(broken, path, metadata=metadata)
+        with pytest.raises(BadInput, match=f"checkpoint.safetensors .delete it.*{words}"):
+            stage(fresh, args)
+    path.write_bytes(b"cut")
+    with pytest.raises(BadInput, match="not a readable checkpoint"):
+        stage(fresh, args)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(BadInput, match="not a readable checkpoint"):
         stage(fresh, args)
 
 
@@ -1721,9 +1743,11 @@ def test_bad_files_and_directories_are_one_sentence(tmp_path, real_model, capsys
     refused(real_model, lacks, "lacks.jsonl, line 1: no `answer`")
     refused(real_model, write(tmp_path / "other.jsonl", ROWS["tool"][0]), "cannot verify")
     refused(real_model, write(tmp_path / "empty.jsonl"), "no examples")
-    refused(real_model, tmp_path / "absent.jsonl", "cannot be read")
+    refused(real_model, tmp_path / "absent.jsonl", "no absent.jsonl there")
     refused(tmp_path, good, "no config.json")
     refused(good, good, "no such directory")
+    refused("x" * 300, good, "no such directory")
+    refused(real_model, "x" * 300, "File name too long")
     cut = tmp_path / "cut"
     shutil.copytree(real_model, cut)
     (cut / "model.safetensors").write_bytes((real_model / "model.safetensors").read_bytes()[:-8])
@@ -1731,6 +1755,9 @@ def test_bad_files_and_directories_are_one_sentence(tmp_path, real_model, capsys
     (cut / "tokenizer_config.json").write_text(json.dumps(
         {"eos_token": "<eos>", "chat_template": "{{ raise_exception('no\\nsuch role') }}"}))
     refused(cut, good, "the chat template failed: no such role")
+    small = json.loads((cut / "config.json").read_text()) | {"vocab_size": 20}
+    (cut / "config.json").write_text(json.dumps(small))
+    refused(cut, good, "is outside the model's vocabulary of 20")
     (cut / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     refused(cut, good, "'mamba' is not supported")
 
