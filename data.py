@@ -476,6 +476,7 @@ def read_backend(directory: Path) -> tokenizers.Tokenizer:
     """Reads tokenizer.json, and sets aside what it says about cutting and padding texts."""
     path = directory / "tokenizer.json"
     text = read_text(path)
+    parse_json(text, str(path))  # What is not JSON can make the library panic, beyond `except`.
     try:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the tokenizers library raises nothing more specific

@@ -385,6 +385,9 @@ def test_refuses_bad_tokenizer_files(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(BadInput, match="tokenizer_config.json: not JSON"):
         Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"versio", "truncation": null}')
+    with pytest.raises(BadInput, match="tokenizer.json: not JSON"):
+        Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(BadInput, match="not a readable tokenizer"):
         Tokenizer.from_pretrained(tmp_path)
