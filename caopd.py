@@ -27,11 +27,13 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -48,7 +50,8 @@ from tqdm import tqdm
 
 import data
 from data import Example, Task, Tokenizer, Wording
-from files import BadInput, finite, from_json, parse_json, read_text, within, write_text
+from files import (BadInput, Unbroken, claimed, fingerprint, finite, from_json, parse_json,
+                   read_object, read_text, replacing, within, write_text)
 from model import Config, SharedPrefix, Transformer, activation_bytes, generate
 
 # ------------------------------------------------------------------- Algorithm 1, step 1: rollout
@@ -784,8 +787,8 @@ class Stage:
             return
         tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
         metadata = {"step": str(step + 1), "settings": json.dumps(self.settings)}
-        save_file(tensors, self.path.with_suffix(".tmp"), metadata=metadata)
-        os.replace(self.path.with_suffix(".tmp"), self.path)
+        with replacing(self.path) as unfinished:
+            save_file(tensors, unfinished, metadata=metadata)
 
     @torch.no_grad()
     def resume(self) -> int:
@@ -794,17 +797,19 @@ class Stage:
             return 0
         where = f"{self.path} (delete it to start this stage again)"
         try:
-            with safe_open(self.path, framework="pt", device=str(self.device)) as file:
+            with safe_open(self.path, framework="pt") as file:
                 metadata = (file.metadata() or {}).items()
-                raw = {key: parse_json(text, where) for key, text in metadata}
-                progress = from_json(Progress, raw, where)
-                if progress.settings != self.settings:
-                    return 0
-                for name, tensor in self.tensors.items():
+            raw = {key: parse_json(text, where) for key, text in metadata}
+            progress = from_json(Progress, raw, where)
+            if progress.settings != self.settings:
+                return 0
+            for name, tensor in self.tensors.items():
+                # Opened anew for each tensor: what an open file has shown stays in memory.
+                with safe_open(self.path, framework="pt", device=str(self.device)) as file:
                     stored = file.get_tensor(name)
-                    if (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):
-                        raise UsageError(f"{where}: tensor {name} is of another dtype or shape")
-                    tensor.copy_(finite(stored, name, where))
+                if (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):
+                    raise UsageError(f"{where}: tensor {name} is of another dtype or shape")
+                tensor.copy_(finite(stored, name, where))
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{where}: not a readable checkpoint ({error})") from None
         tqdm.write(f"Going on from step {progress.step} of an interrupted run ({self.path}).")
@@ -824,13 +829,18 @@ class Stage:
 
 def to_json(value, indent: int | None = None) -> str:
     """Strict JSON: figures that do not exist (NaN) are null."""
-    def clean(v):
-        if isinstance(v, dict):
-            return {key: clean(item) for key, item in v.items()}
-        if isinstance(v, (list, tuple)):
-            return [clean(item) for item in v]
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-    return json.dumps(clean(value), indent=indent)
+    finite = map_leaves(lambda v: None if isinstance(v, float) and not math.isfinite(v) else v,
+                        value)
+    return json.dumps(finite, indent=indent)
+
+
+def map_leaves(change: Callable, value):
+    """A nested value with `change` applied to all in it that is no dict and no list."""
+    if isinstance(value, dict):
+        return {key: map_leaves(change, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [map_leaves(change, item) for item in value]
+    return change(value)
 
 
 # ----------------------------------------------------------------------------- evaluation
@@ -1137,6 +1147,7 @@ class Args:
     eval: str = flag(RUN, NOTHING, "", "JSONL file of held-out questions, in the same form")
     out: str = flag(RUN, NOTHING, "", "directory for results, metrics and models (default out/toy, "
                     "or out/TASK with --model)")
+    overwrite: bool = flag(RUN, NOTHING, False, "do again what --out has the results of already")
     seed: int = flag(RUN, ALL, 0, "seed of everything random")
     explain: list = flag(RUN, NOTHING, None, "follow a question, such as 47*8, or one of the "
                          "held-out ones, through Algorithm 1; nothing is trained")
@@ -1553,18 +1564,11 @@ def load_model(source: Path | None, config: Config, args: Args,
 
 
 def save(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
-    """A Hugging Face directory; config.json comes last, so what has one is complete."""
+    """A Hugging Face directory; config.json goes first and comes last: what has one is complete."""
+    for outdated in (directory.parent / "results.json", directory / "config.json"):
+        outdated.unlink(missing_ok=True)
     tokenizer.save_pretrained(directory)
     model.for_inference().save_pretrained(directory)
-
-
-def make_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "probe.tmp").touch()
-        (out / "probe.tmp").unlink()
-    except OSError as error:
-        raise UsageError(f"--out {out}: cannot be written to ({error.strerror})") from None
 
 
 def make_base(origin: Path | None, config: Config, tokenizer: Tokenizer, task: Task, args: Args,
@@ -1581,34 +1585,21 @@ def make_base(origin: Path | None, config: Config, tokenizer: Tokenizer, task: T
         print(f"Reusing the base model in {base}: it was made with the same settings.")
         return base
     model = load_model(origin, config, args, device)
-    make_writable(out)
-    made.unlink(missing_ok=True)
     supervise(model, tokenizer, task, args, out)
+    made.unlink(missing_ok=True)
     save(model, tokenizer, base)
-    made.write_text(identity)
+    write_text(made, identity)
     return base
 
 
-def run(args: Args) -> dict:
-    """Everything, from flags to table; returns what results.json holds of the models."""
-    began, device, out = time.perf_counter(), pick_device(args.device), Path(args.out)
-    args = replace(args, dtype=pick_dtype(args, device))
-    if origin := find_model(args.model):
-        config = Config.from_pretrained(origin)
-        tokenizer = Tokenizer.from_pretrained(origin, json.loads(args.template_args))
-    else:
-        tokenizer = data.toy_tokenizer()
-        config = toy_model(args, tokenizer)
-    task = make_task(tokenizer, config, args)
-    check_memory(config, task, tokenizer, args, device)
-    start = make_base(origin, config, tokenizer, task, args, device, out)
-
+def make_results(start: Path, config: Config, tokenizer: Tokenizer, task: Task, args: Args,
+                 device: torch.device, out: Path) -> dict:
+    """Trains every method from the base model in `start`; the figures of it and of each."""
     results, sampling = {}, replace(rollout_sampling(args), temperature=args.eval_temperature,
                                     top_p=args.eval_top_p)
     for name in ("base", *args.method.split(",")):
         model, started = load_model(start, config, args, device), time.perf_counter()
         if name == "base":
-            make_writable(out)  # only now: a broken model is refused before anything is written
             weights = sum(p.numel() for p in model.parameters())
             print(f"{args.model or 'The embedded world'}: {weights:,} parameters in {args.dtype} "
                   f"on {device}, {len(task.held_out)} {args.split} questions, seed {args.seed}.")
@@ -1620,27 +1611,86 @@ def run(args: Args) -> dict:
             model, tokenizer, task.held_out, task.wording, sampling, args.seed, args.eval_samples,
             args.oracle, args.paper_samples, name)
         del model  # one student and one teacher at a time
+    return results
 
-    seconds = time.perf_counter() - began
-    everything = results | {"settings": dataclasses.asdict(args), "seconds": seconds}
-    write_text(out / "results.json", to_json(everything, indent=2) + "\n")
+
+def finished(out: Path, identity: dict) -> dict | None:
+    """The figures in results.json, where the command of this identity made them and its models."""
+    everything = read_object(out / "results.json")
+    if any(everything.get(key) != value for key, value in identity.items()):
+        return None
+    results = map_leaves(lambda v: math.nan if v is None else v, {
+        name: row for name, row in everything.items() if name in ("base", *METHODS)})
+    there = all((out / name / "config.json").exists() for name in results if name in METHODS)
+    return results if there else None
+
+
+def print_tables(results: dict, args: Args, out: Path) -> None:
+    """Prints every table of a run."""
     print(f"\n{table(results)}\n\n{readout_table(results)}\n\n{grade_table(results)}\n\n"
           f"{diagram(results)}")
     if args.paper_samples:
         print(f"\nAs the paper evaluates, temperature 0.6 and top-p 0.95, {args.paper_samples} "
               f"answers a question:\n{table({n: row['paper'] for n, row in results.items()})}")
-    for name in results:
-        (out / name / "checkpoint.safetensors").unlink(missing_ok=True)
-    print(f"\nEverything is in {out} (results.json, metrics.jsonl, the models), "
-          f"after {seconds:.0f} seconds.")
+    print(f"\nEverything is in {out} (results.json, metrics.jsonl, the models).")
+    if others := [name for name in METHODS if name not in results and (out / name).is_dir()]:
+        print(f"Also there, from other commands and not in these results: {', '.join(others)}.")
+
+
+def run(args: Args) -> dict:
+    """Everything, from flags to table; returns what results.json holds of the models.
+
+    A command that has been given before and is finished shows its results again.
+    """
+    began, device, out = time.perf_counter(), pick_device(args.device), Path(args.out)
+    args = replace(args, dtype=pick_dtype(args, device))
+    if origin := find_model(args.model):
+        config = Config.from_pretrained(origin)
+        tokenizer = Tokenizer.from_pretrained(origin, json.loads(args.template_args))
+    else:
+        tokenizer = data.toy_tokenizer()
+        config = toy_model(args, tokenizer)
+    task = make_task(tokenizer, config, args)
+    if origin:  # other weights under the same name make another run
+        task = replace(task, fingerprint=data.checksum([task.fingerprint, fingerprint(origin)]))
+    asked = [dataclasses.astuple(example) for example in task.held_out]
+    identity = {"settings": dataclasses.asdict(replace(args, overwrite=False)),
+                "inputs": data.checksum([task.fingerprint, asked])}
+    results = None if args.overwrite else finished(out, identity)
+    if results:
+        print(f"{out} has the results of this command; --overwrite makes them again.")
+    else:
+        check_memory(config, task, tokenizer, args, device)
+        if origin:
+            load_model(origin, config, args, device)  # A broken one is refused before a write.
+
+    with claimed(out):
+        if not results:
+            start = make_base(origin, config, tokenizer, task, args, device, out)
+            results = make_results(start, config, tokenizer, task, args, device, out)
+            everything = results | identity | {"seconds": time.perf_counter() - began}
+            write_text(out / "results.json", to_json(everything, indent=2) + "\n")
+        for name in results:
+            (out / name / "checkpoint.safetensors").unlink(missing_ok=True)
+    print_tables(results, args, out)
     return results
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns the exit code.
 
-    0, or 2 for a request that cannot be served, or 130 when interrupted.
+    0, or 2 for a request that cannot be served, or 130 when interrupted: by Ctrl-C, by a request
+    to end (SIGTERM), or by the end of its terminal (SIGHUP, unless nohup has it ignored).
     """
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(name) == signal.SIG_DFL:
+            signal.signal(name, signal.default_int_handler)
+    with redirect_stdout(Unbroken(sys.stdout)), redirect_stderr(Unbroken(sys.stderr)):
+        return serve(argv)
+
+
+def serve(argv: list[str] | None) -> int:
+    """Runs a command line, and turns what can end it early into a sentence and an exit code."""
     try:
         args = parse_args(argv)
         if args.ask is None and args.explain is None:

@@ -4,12 +4,21 @@ A file that cannot be used is a BadInput, whose message is a sentence for the us
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import reprlib
+import shutil
 import types
 import typing
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TextIO
+
+from safetensors import SafetensorError
 
 from torch import Tensor
 
@@ -34,11 +43,86 @@ def read_text(path: Path, absent: str | None = None) -> str:
         raise BadInput(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
+UNFINISHED = ".unfinished-"  # begins the name of a directory with a file that is being written
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, which becomes `path` in one step where the block ends well.
+
+    So a file is complete or as it was before. What a killed process was writing stays in a
+    directory of its own, with whatever the library that wrote it has put beside it.
+    """
+    with TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as directory:
+        unfinished = Path(directory) / path.name
+        yield unfinished
+        os.replace(unfinished, path)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that is complete or, if the writing is cut short, not there."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    """Writes a file that is complete or, if the writing is cut short, as it was before."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Makes a directory that this process alone writes to, and removes what a killed one left.
+
+    The claim is a lock that the system takes back when the process ends, however it ends.
+    Raises BadInput where another process has it, and for whatever the system refuses in the block
+    (a full disk, a missing permission): files are replaced as a whole, so what was there is kept.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f"--out {out}: another process is writing there; wait for it, or "
+                               "choose another directory") from None
+            for pattern in (f"{UNFINISHED}*", f"*/{UNFINISHED}*"):
+                for directory in out.glob(pattern):
+                    shutil.rmtree(directory)
+            yield
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"--out {out}: {error}; what was saved before is kept, and the same command "
+                       "goes on from it") from error
+
+
+class Unbroken:
+    """A stream for words that may get lost: writing to it never fails.
+
+    What its encoding lacks is shown as ?. Once its reader is gone (`| head -1`, a closed terminal)
+    or its disk is full, words go nowhere and the run goes on.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        known = self.stream.encoding or "utf-8"
+        try:
+            self.stream.write(text.encode(known, "replace").decode(known))
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def fingerprint(directory: Path) -> int:
+    """A checksum of everything that a model directory is read from."""
+    total = 0
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".jinja"):
+            total = zlib.crc32(path.name.encode(), total)
+            with path.open("rb") as file:
+                while part := file.read(2 ** 24):
+                    total = zlib.crc32(part, total)
+    return total
 
 
 DEEPEST = 100  # levels of nesting: what works on JSON later may recurse more than reading it does

@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from files import BadInput, finite, from_json, read_object, within
+from files import BadInput, finite, from_json, read_object, replacing, within, write_text
 
 
 class ModelError(BadInput):
@@ -504,16 +504,15 @@ class Transformer(nn.Module):
         return cls.from_weights(config, weights)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes config.json, last, and model.safetensors; each is complete or absent."""
+        """Writes model.safetensors and then config.json; each is complete or as it was before."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = {name: w.detach().contiguous() for name, w in self.state_dict().items()}
-        save_file(weights, directory / "model.safetensors.tmp", metadata={"format": "pt"})
+        with replacing(directory / "model.safetensors") as unfinished:
+            save_file(weights, unfinished, metadata={"format": "pt"})
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
         config = json.dumps(self.config.to_dict() | {"torch_dtype": dtype}, indent=2)
-        (directory / "config.json.tmp").write_text(config + "\n")
-        for name in ("model.safetensors", "config.json"):
-            os.replace(directory / f"{name}.tmp", directory / name)
+        write_text(directory / "config.json", config + "\n")
 
 
 @dataclass

@@ -47,7 +47,7 @@ def cell(out: Path, seed: int, name: str, *flags: str) -> dict:
     if kept.exists():
         results, mine = json.loads(kept.read_text()), asdict(args)
         its = asdict(caopd.Args()) | results["settings"]  # flags that came later had their default
-        places = ("out", "device", "dtype")  # where it ran, not what it made
+        places = ("out", "device", "dtype", "overwrite")  # where it ran, not what it made
         if all(its[key] == mine[key] for key in mine if key not in places):
             return results
     print(f"{name}, seed {seed}:", flush=True)

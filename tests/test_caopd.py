@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import operator
+import os
 import re
 import shutil
 import string
@@ -20,10 +21,12 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import caopd
 import data
+import files
 import model
 from caopd import (METHODS, AdamW, Args, Group, Rollout, Sampling, Stage, Target, UsageError,
                    accumulate_gradient, calibration, ema_update, make_targets, parse_args)
@@ -1233,7 +1236,7 @@ def test_the_methods_share_their_base_and_their_first_rollouts(small_run):
 
 def test_what_results_json_holds(small_run):
     results = json.loads((small_run / "results.json").read_text())
-    assert list(results) == ["base", *METHODS, "settings", "seconds"]
+    assert list(results) == ["base", *METHODS, "settings", "inputs", "seconds"]
     for name in ("base", *METHODS):
         row = results[name]
         assert row.keys() >= {*FIGURES, "by_grade", "reliability", "stderr", "readouts", "oracle",
@@ -1269,14 +1272,15 @@ def test_end_to_end_both_methods(tmp_path, capsys):
     assert [(row["stage"], row["step"]) for row in metrics(tmp_path / "a")] == \
         [("base", s) for s in range(6)] + [
             (m, s) for m in ("opd", "caopd", "caopd-direct") for s in range(4)]
-    assert not list((tmp_path / "a").glob("**/*.tmp"))
+    assert not list((tmp_path / "a").glob("**/.unfinished*"))
     assert not list((tmp_path / "a").glob("**/checkpoint*"))
 
-    again = run(tmp_path / "a", *flags)
+    again = run(tmp_path / "a", *flags, "--overwrite")
     assert "Reusing the base model" in capsys.readouterr().out
     fresh = run(tmp_path / "b", *flags)
     other = run(tmp_path / "a", *flags, "--seed", "1")
     assert "Reusing" not in capsys.readouterr().out and other["settings"]["seed"] == 1
+    assert first["settings"] == again["settings"]
     for name in ("base", "opd", "caopd"):
         assert first[name] == again[name] == fresh[name] and first[name]["reliability"] != []
 
@@ -1291,7 +1295,7 @@ def test_end_to_end_both_methods(tmp_path, capsys):
     ("caopd-vopd", ["--confidence-divergence", "forward", "--weight-decay", "0.1"])])
 def test_each_method_alone_and_its_variants(tmp_path, method, flags):
     results = run(tmp_path, "--method", method, *flags)
-    assert set(results) == {"base", method, "settings", "seconds"}
+    assert set(results) == {"base", method, "settings", "inputs", "seconds"}
     assert len(list(tmp_path.glob("*/config.json"))) == 2
     after = weights(tmp_path / method)  # also where no token is left in the loss
     assert all(weight.isfinite().all() for weight in after)
@@ -1335,9 +1339,9 @@ def crash(out: Path, update: int, *flags: str) -> None:
 
 
 def assert_same_outcome(out: Path, results: dict, whole: Path, expected: dict) -> None:
-    names = results.keys() - {"settings", "seconds"}
+    names = results.keys() - {"settings", "inputs", "seconds"}
     assert {name: results[name] for name in names} == {name: expected[name] for name in names}
-    assert names == expected.keys() - {"settings", "seconds"} and len(names) > 1
+    assert names == expected.keys() - {"settings", "inputs", "seconds"} and len(names) > 1
     for name in names:
         pairs = zip(weights(whole / name), weights(out / name))
         assert all(torch.equal(a, b) for a, b in pairs), name
@@ -1479,7 +1483,7 @@ def test_stages_and_questions_tell_settings_apart():
 
 def test_a_base_is_used_again_only_where_all_that_decides_it_is_the_same(tmp_path, capsys):
     def reused(*flags: str) -> bool:
-        run(tmp_path, "--method", "grpo", *flags)
+        run(tmp_path, "--method", "grpo", "--overwrite", *flags)
         return "Reusing the base model" in capsys.readouterr().out
     assert not reused() and reused() and reused("--steps", "2") and reused("--method", "opd")
     for flags in (["--clip", "0.5"], ["--sft-noise", "0.5"], ["--dtype", "bfloat16"],
@@ -1488,14 +1492,15 @@ def test_a_base_is_used_again_only_where_all_that_decides_it_is_the_same(tmp_pat
     assert not reused()
 
 
-def test_a_base_is_not_used_again_after_other_training_questions(tmp_path, real_model, capsys):
-    train = tmp_path / "train.jsonl"
+def test_a_base_is_not_used_again_after_other_questions_or_weights(tmp_path, real_model, capsys):
+    train, weights = tmp_path / "train.jsonl", tmp_path / "model"
     rows = [*ROWS["mcq"], {"prompt": "long " * 20, "answer": "A"}]
     evaluate = write(tmp_path / "e.jsonl", *ROWS["mcq"])
+    shutil.copytree(real_model, weights)
 
     def reused(*flags: str) -> bool:
-        assert caopd.main(["--model", str(real_model), "--task", "mcq", "--train", str(train),
-                           "--eval", evaluate, "--out", str(tmp_path / "out"), *REAL,
+        assert caopd.main(["--model", str(weights), "--task", "mcq", "--train", str(train),
+                           "--eval", evaluate, "--out", str(tmp_path / "out"), *REAL, "--overwrite",
                            "--sft-steps", "1", "--method", "opd", *flags]) == 0
         return "Reusing the base model" in capsys.readouterr().out
     write(train, *rows)
@@ -1506,6 +1511,137 @@ def test_a_base_is_not_used_again_after_other_training_questions(tmp_path, real_
     assert not reused() and reused("--max-prompt", "500", "--skip-long")
     assert not reused("--max-prompt", "180", "--skip-long")
     assert reused("--max-prompt", "181", "--skip-long") and not reused()
+    noisy(Config.from_pretrained(weights), 1).save_pretrained(weights)
+    assert not reused() and reused()
+
+
+# ----------------------------------------------------------------------------- what is written
+
+
+def test_a_finished_command_shows_its_results_and_does_nothing_else(tmp_path, capsys, monkeypatch):
+    def without_seconds(text: str) -> str:
+        return text[text.index("accuracy  mean conf."):]
+    flags = ["--method", "opd", "--oracle", "2", "--paper-samples", "2"]
+    first = run(tmp_path, *flags)
+    shown = capsys.readouterr().out
+    before = {path: path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(caopd, "make_results", None)
+        assert run(tmp_path, *flags) == first
+    again = capsys.readouterr().out
+    assert "has the results of this command" in again and "--overwrite" in again
+    assert without_seconds(again) == without_seconds(shown)
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()}
+
+    (tmp_path / "opd" / "config.json").unlink()  # Its model is not whole.
+    assert run(tmp_path, *flags)["opd"] == first["opd"]
+    assert "has the results" not in capsys.readouterr().out
+    run(tmp_path, "--method", "grpo")
+    shown = capsys.readouterr().out
+    assert "has the results" not in shown and "not in these results: opd." in shown
+    assert "not in these results" not in again
+
+
+def test_results_are_made_again_for_other_questions_to_ask(tmp_path, real_model, capsys):
+    train, evaluate = write(tmp_path / "t.jsonl", *ROWS["mcq"]), tmp_path / "e.jsonl"
+
+    def done() -> bool:
+        assert caopd.main(["--model", str(real_model), "--task", "mcq", "--train", train, "--eval",
+                           str(evaluate), "--out", str(tmp_path / "out"), *REAL,
+                           "--method", "opd"]) == 0
+        return "has the results of this command" in capsys.readouterr().out
+    write(evaluate, *ROWS["mcq"])
+    assert not done() and done()
+    write(evaluate, ROWS["mcq"][0] | {"prompt": "another"})
+    assert not done() and done()
+
+
+@pytest.mark.parametrize("kind", ["reader gone", "disk full", "ascii"])
+def test_words_that_cannot_be_shown_do_not_end_a_run(tmp_path, monkeypatch, kind):
+    reader, writer = os.pipe()
+    if kind == "reader gone":
+        os.close(reader)
+    elif kind == "disk full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), writer)
+    words = open(writer, "w", encoding="ascii" if kind == "ascii" else "utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", words)
+        patch.setattr(sys, "stderr", words)
+        run(tmp_path, "--method", "opd", "--width", "48", "--sft-steps", "1", "--steps", "1")
+    words.close()
+    assert not list(tmp_path.glob("**/checkpoint*"))
+    if kind == "ascii":
+        shown = open(reader, encoding="ascii").read()
+        assert "Everything is in" in shown
+
+
+def test_one_process_writes_in_a_directory(tmp_path, capsys):
+    with files.claimed(tmp_path):
+        assert caopd.main([*TINY, "--out", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert "another process is writing there" in error and error.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    run(tmp_path, "--method", "opd")
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_what_was_there(tmp_path, whole_runs, capsys,
+                                                              monkeypatch):
+    """crash.py has the other writes; the library that writes tensors has errors of its own."""
+    flags = ["--dtype", "float32", "--method", "both"]
+    real, calls = caopd.save_file, itertools.count()
+
+    def full(tensors, path, metadata):
+        real(tensors, path, metadata=metadata)
+        if next(calls) == 8:  # the second step of OPD
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(caopd, "save_file", full)
+    assert caopd.main([*TINY, *CUT, *flags, "--out", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert "No space left" in shown.err.splitlines()[-1] and "Traceback" not in shown.err
+    results = run(tmp_path, *CUT, *flags)
+    assert "Going on from step" in capsys.readouterr().out
+    assert_same_outcome(tmp_path, results, *whole_runs(*flags))
+
+
+PEAK = """
+import itertools, caopd
+step, updates = caopd.AdamW.step, itertools.count()
+
+def cut_off(*inputs):  # in the given update of this process
+    if next(updates) == {update}:
+        raise KeyboardInterrupt
+    return step(*inputs)
+caopd.AdamW.step = cut_off
+caopd.main({flags})
+status = open("/proc/self/status").read()
+print("peak", status[status.index("VmHWM"):].split()[1])
+"""
+
+
+@pytest.mark.slow
+def test_resuming_takes_no_more_memory_than_running(tmp_path):
+    """A network of 29 M parameters, whose checkpoint is 460 MB: 4 updates of the base, then two of
+    a method in each process."""
+    flags = ["--width", "768", "--layers", "4", "--sft-steps", "4", "--sft-documents", "2",
+             "--steps", "9", "--prompts", "1", "--rollouts", "2", "--eval-questions", "2",
+             "--oracle", "0", "--paper-samples", "0", "--save-every", "1", "--method", "caopd",
+             "--micro-tokens", "64", "--out", str(tmp_path)]
+    peaks = []
+    for update in (6, 2):
+        done = subprocess.run([sys.executable, "-c", PEAK.format(update=update, flags=flags)],
+                              capture_output=True, text=True, cwd=Path(caopd.__file__).parent)
+        peaks.append(int(done.stdout.split()[-1]))
+        assert "Interrupted" in done.stderr
+    assert "Going on from step 2" in done.stdout
+    assert peaks[1] < 1.05 * peaks[0]
+
+
+def test_interrupted_runs_end_in_the_bytes_of_a_whole_one():
+    """A sample of what crash.py does to real processes."""
+    script = Path(__file__).with_name("crash.py")
+    done = subprocess.run([sys.executable, script, "--random", "1", "--every", "50"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ----------------------------------------------------------------------------- the split
@@ -1778,7 +1914,7 @@ def test_an_unwritable_directory_is_one_sentence(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert caopd.main([*TINY, "--out", str(tmp_path / "file")]) == 2
     error = capsys.readouterr().err
-    assert "--out" in error and error.count("\n") == 1
+    assert str(tmp_path / "file") in error and error.count("\n") == 1
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -39,7 +39,7 @@ def cell(width: int, seed: int, out: Path, device: str) -> dict:
     finished = directory / "results.json"
     if finished.exists():
         results = json.loads(finished.read_text())
-        decisive = asdict(args).keys() - {"device", "dtype", "out"}
+        decisive = asdict(args).keys() - {"device", "dtype", "out", "overwrite"}
         if all(results["settings"].get(name) == getattr(args, name) for name in decisive):
             return results
     print(f"width {width}, seed {seed}:")
