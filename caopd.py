@@ -516,7 +516,8 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
                                     args.replace.split(","))
 
         # 4. Loss, Eq. 7, and its gradient. Eq. 2 sums over tokens: we divide by their number in
-        #    the step, a constant that AdamW does not see and gradient clipping does.
+        #    the step, which keeps their proportions within a step and not between steps. AdamW
+        #    hardly sees that scale, and gradient clipping does.
         on_answer, on_confidence = (int(m.sum()) for m in loss_masks(targets, args.skip_tokens))
         num_tokens = max(1, on_answer + on_confidence)
         sums = np.zeros(3)  # loss over I_a, loss over I_c, tokens of I_c that the teacher copies
@@ -855,6 +856,9 @@ def calibration(confidence, correct, bins: int = 10) -> dict:
     parsable ones mean_confidence, ocg = mean c − accuracy, ece = Σ_bins n_b/n |accuracy_b − mean
     c_b|, brier = mean (c − R)², and spr = P(c⁺ > c⁻) over (correct, wrong) pairs with ties counted
     as zero. A figure with nothing to average is NaN.
+    Bins are [i/10, (i+1)/10), to the digit. The released code cuts at np.linspace(0, 1, 11), which
+    puts .3, .6 and .7 a bin lower, and its headline counts an unparsable confidence as 0.0;
+    theory/in_the_trainer.py has both on the same answers.
     Raises ValueError for arrays that are empty, of different lengths, or out of range.
     """
     c, r = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
@@ -1034,7 +1038,8 @@ def oracle(mu: np.ndarray, correct: np.ndarray, samples: int) -> dict:
     answers to each question.
 
     Brier is the floor E[μ(1 − μ)], unbiased, since E[μ̂(1 − μ̂)] = (1 − 1/N) μ(1 − μ). SPR and ECE
-    are those of μ̂ itself. theory/prompt_level.py has both yardsticks exactly.
+    are those of μ̂ itself, whose scatter can lower SPR and, by breaking ties, raise it: neither is a
+    bound. theory/prompt_level.py has both yardsticks exactly.
     """
     floor = float((mu * (1 - mu)).mean() * samples / (samples - 1))
     return calibration(mu, correct) | {"brier": floor}

@@ -6,9 +6,9 @@ optimistic by the drop in accuracy.
 
 The last difference is small, since confidence is a function of the prompt's looks, which do not
 change. Shown on the small transformer: each model of `python caopd.py` answers questions it was
-distilled on, and held-out ones of the same grades.
+distilled on, and held-out ones of the same grades. Several directories are several seeds.
 
-    python theory/generalization.py [DIRECTORY]        by default out/toy
+    python theory/generalization.py [DIRECTORY ...]        by default out/toy
 """
 
 import json
@@ -18,58 +18,71 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import numpy as np
+
 import caopd
 import data
 from files import BadInput
 from model import Transformer
 from worlds import show
 
-WORLDS = {"1*1, 2*1: few questions, many of them memorized": ("1*1", "2*1"),
-          "2+2, 3+3: more questions than anyone could memorize": ("2+2", "3+3")}
+WORLDS = {"1*1: few questions, known by heart": ("1*1",),
+          "2*1: some hundreds": ("2*1",),
+          "2+2, 3+3: more than anyone could memorize": ("2+2", "3+3")}
 HEADER = ["", "accuracy, trained", "held out", "confidence, trained", "held out", "OCG, trained",
           "held out"]
 
 
-def ask_both(directory: Path, grades: tuple[str, ...], questions: int = 2000) -> list[list]:
-    """Rows (model, accuracy, confidence and OCG, each on trained and on held-out questions) for
-    the models in `directory`."""
+def ask_both(directory: Path, name: str, grades: tuple[str, ...], questions: int) -> np.ndarray:
+    """[3, 2]: accuracy, confidence and OCG, on trained and on held-out questions, about `questions`
+    answers each."""
     made = json.loads((directory / "results.json").read_text())["settings"]
     args = replace(caopd.parse_args([]), **made)
-    tokenizer = data.toy_tokenizer()
-    task = data.arithmetic_task(args.seed, questions, words=False, split=args.split)
+    task = data.arithmetic_task(args.seed, 8 * questions, words=False, split=args.split)
     trained = {e for step in range(args.steps)
                for e in task.draw(args.prompts, "distill", step) if e.grade in grades}
     held_out = {e for e in task.held_out if e.grade in grades}
-    sides = [sorted(side, key=lambda e: e.question)[:questions] for side in (trained, held_out)]
     sampling = caopd.Sampling(args.max_new_tokens, args.eval_temperature, args.eval_top_p)
-    rows = []
-    for name in ("base", "opd", "caopd"):
-        model = Transformer.from_pretrained(directory / name)
-        figures = [caopd.evaluate(model, tokenizer, side, task.wording, sampling, args.seed,
-                                  name=name) for side in sides]
-        keys = ("accuracy", "mean_confidence", "ocg")
-        rows.append([caopd.title(name), *(side[key] for key in keys for side in figures)])
-    return rows
+    model = Transformer.from_pretrained(directory / name).for_inference()
+    columns = []
+    for side in (trained, held_out):
+        asked = sorted(side, key=lambda e: e.question)[:questions]
+        generator = caopd.seeded(args.seed, "generalization", 1, model.device)
+        samples = max(1, questions // len(asked))  # answers to each, where there are few
+        groups = caopd.ask(model, data.toy_tokenizer(), asked, task.wording, samples, sampling,
+                           generator, name)
+        figures = caopd.calibration(*(v.ravel() for v in caopd.stated_and_correct(groups)))
+        columns.append([figures[key] for key in ("accuracy", "mean_confidence", "ocg")])
+    return np.array(columns).T
 
 
-def main() -> int:
+def main(directories: list[Path], questions: int = 400) -> int:
     print(__doc__)
-    directory = Path(sys.argv[1] if len(sys.argv) > 1 else "out/toy")
     try:
         for title, grades in WORLDS.items():
+            rows = []
+            for name in ("base", "opd", "caopd"):
+                seeds = np.array([ask_both(d, name, grades, questions) for d in directories])
+                mean = seeds.mean(0)
+                spread = seeds.std(0, ddof=1) if len(seeds) > 1 else np.full(mean.shape, np.nan)
+                rows.append([caopd.title(name), *(
+                    f"{m:.3f}" + ("" if np.isnan(s) else f" ± {s:.3f}")
+                    for m, s in zip(mean.ravel(), spread.ravel()))])
             print(f"  {title}\n")
-            rows = ask_both(directory, grades)
             show(HEADER, rows)
-            _, known, new, said, says, ocg, ocg_new = rows[-1]
+            known, said, ocg = mean.T[0]
+            new, says, ocg_new = mean.T[1]
             print(f"\n  From trained to new questions CaOPD's accuracy changes by "
                   f"{new - known:+.3f} and its stated confidence by {says - said:+.3f},\n"
                   f"  so OCG changes by {ocg_new - ocg:+.3f}, from {ocg:+.3f} to {ocg_new:+.3f}.\n")
     except (BadInput, OSError) as error:
         print(f"  {error}. Run `python caopd.py` first: this file looks at the models it leaves "
-              "in out/toy (or in the directory given).", file=sys.stderr)
+              "in out/toy (or in the directories given).", file=sys.stderr)
         return 2
+    print(f"  n = {len(directories)} seeds" + (", ± standard deviation (n − 1)."
+                                               if len(directories) > 1 else "."))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main([Path(d) for d in sys.argv[1:]] or [Path("out/toy")]))
