@@ -81,8 +81,8 @@ if __name__ == "__main__":
     rows = [[name, *(variance_of_the_mean(even, values, 512, k) ** 0.5 for k in counts)]
             for name, values in (("all of success .5", np.full(3, 0.5)), (".1, .5 and .9", mu))]
     show(["", *(f"K = {k}" for k in counts)], rows)
-    print("\n  A large K sharpens the sampled confidence. What is learned in expectation is the same"
-          "\n  at any K, and N completions teach the more of it the more prompts they are spent on.")
+    print("\n  A large K sharpens the sampled confidence. Its mean is the same at any K, and"
+          "\n  N completions teach the more of it the more prompts they are spent on.")
     save, axes = figure("direct", 10.0, 3.8, panels=2)
     if save:
         grid = np.linspace(0.005, 0.995, 199)

@@ -69,7 +69,7 @@ def sampled_variance(p: np.ndarray, q: np.ndarray, b: float) -> float:
     return float(p @ ((reward(p, q) - b) ** 2 * norms(p)) - mean @ mean)
 
 
-# ------------------------------------------------------------------- top-k sums: biased, no variance
+# ------------------------------------------------------------------- top-k sums: no variance, bias
 
 
 def truncated_kl(p: np.ndarray, q: np.ndarray, s: np.ndarray, kind: str) -> float:

@@ -10,8 +10,8 @@ of right ones, so that μ = α_1, the slope is a covariance, under the distribut
 Sharper sampling raises accuracy while the right answers are the likelier ones, on (geometric)
 average. Of two answers the log-odds are β times those at 1, and μ decides. Of more its rivals do:
 under greedy decoding, β → ∞, the same μ = .4 becomes 0 against one wrong answer of .6, and 1
-against six of .1. So α_β is no function of μ, and the best one leaves E Var(α_β|μ). In Brier the mismatch
-costs E(μ − α_β)² over the floor E α_β(1 − α_β).
+against six of .1. So α_β is no function of μ, and the best one leaves E Var(α_β|μ). In Brier the
+mismatch costs E(μ − α_β)² over the floor E α_β(1 − α_β).
 
 A decoder sharpens token by token, Π_t π(y_t|y_<t)^β / Z(y_<t): another distribution, unless all
 prefixes have the same Z. What follows a token does not count for choosing it.
