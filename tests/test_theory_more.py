@@ -22,7 +22,7 @@ import estimators
 import prompt_level
 import rollouts
 import sampling
-from worlds import kl, softmax
+from worlds import binomial, kl, softmax
 
 
 def random_tables(seed: int, tokens: int = 6) -> tuple[np.ndarray, np.ndarray]:
@@ -154,7 +154,7 @@ def test_gradients_on_replaced_tokens_by_enumeration(method):
               "direct": caopd.replaced_token}
     for seed in range(30):
         rng = np.random.default_rng(seed)
-        logits, law = rng.normal(size=5), rollouts.binomial(4, rng.random())
+        logits, law = rng.normal(size=5), binomial(4, rng.random())
         teachers = softmax(rng.normal(size=(5, 5)) * 2)
         total = np.zeros(5)
         for level in range(5):
@@ -223,7 +223,7 @@ def test_cross_entropy_is_the_forward_kl_from_a_point_mass():
 
 def test_the_law_is_learned_through_its_tokens_up_to_two_decimals():
     for k, mu in product((1, 2, 4, 5, 8, 16, 32), (0.05, 0.37, 0.8, 0.99)):
-        law, by_hand = rollouts.binomial(k, mu), {}
+        law, by_hand = binomial(k, mu), {}
         for level in range(k + 1):
             string = f"{level / k:.2f}"
             by_hand[string] = by_hand.get(string, 0.0) + law[level]

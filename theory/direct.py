@@ -21,8 +21,8 @@ learned, their mean confidence has the variance
 
 import numpy as np
 
-from rollouts import binomial, direct_confidence, mode, student_confidence
-from worlds import figure, show, softmax
+from rollouts import direct_confidence, mode, student_confidence
+from worlds import binomial, figure, show, softmax
 
 
 def over_the_floor(rollouts: int, mu: float) -> tuple[float, float, float]:

@@ -30,9 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from replacement import kl_gradient
-from rollouts import binomial
-from worlds import figure, show, softmax
+from worlds import binomial, figure, kl_gradient, show, softmax
 
 ROLLOUTS, LEVELS, SHARPNESS = 8, np.linspace(0, 1, 9), 6.0
 MU = np.array([1.0, 0.99, 0.98, 0.95, 0.9, 0.5, 0.1, 0.0])  # most prompts are easy: f is 1.00

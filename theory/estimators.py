@@ -20,9 +20,8 @@ samples of the student. A replaced token ỹ is none: its mean gradient has anot
 
 import numpy as np
 
-from replacement import kl_gradient
-from rollouts import binomial, reporter
-from worlds import figure, kl, show, softmax
+from rollouts import reporter
+from worlds import binomial, figure, kl, kl_gradient, show, softmax
 
 
 def reward(p: np.ndarray, q: np.ndarray) -> np.ndarray:
