@@ -17,7 +17,6 @@ import io
 import json
 import math
 import operator
-import os
 import random
 import resource
 import shutil
@@ -539,7 +538,7 @@ def outcome(kind, name: str, content: Content) -> str:
     signal.signal(signal.SIGPROF, ring)
     signal.setitimer(signal.ITIMER_PROF, LIMIT)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             kind.attempt(name, content)
     except BadInput:
         return "refused"
@@ -610,5 +609,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ["TQDM_DISABLE"] = "1"
     sys.exit(main())
