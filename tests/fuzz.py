@@ -30,6 +30,7 @@ import typing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import safetensors.torch
 import tokenizers
 import torch
 
@@ -447,8 +448,11 @@ class Output:
             assert type(stage.start) is int and 0 <= stage.start < 2 ** 31, "a step that is none"
             rows = [json.loads(line) for line in metrics.read_text().splitlines()]
             assert all(row.get("stage") != "opd" or row["step"] < stage.start for row in rows)
-        finite = all(bool(x.isfinite().all()) for x in self.optimizer.tensors().values())
-        assert finite or not stage.start, "it goes on from tensors that are not finite"
+        if stage.start and name.endswith(".safetensors"):
+            for key, stored in safetensors.torch.load(content).items():
+                tensor = self.optimizer.tensors().get(key, stored)
+                assert tensor.dtype == stored.dtype and torch.equal(tensor, stored), "other tensors"
+                assert bool(tensor.isfinite().all()), "tensors that are not finite"
 
 
 class Text:
@@ -476,6 +480,8 @@ class Text:
         value, segment = data.parse_confidence(content), data.confidence_segment(content)
         assert value is None or type(value) is float and 0 <= value <= 1, "a confidence out of range"
         answer = content[:segment.start()] if segment else content
+        if data.still_thinking(content):
+            answer += "</think>"
         restated = data.stated(answer, 0.37)
         assert data.parse_confidence(restated) == 0.37, "the segment that was put in is not read"
         for example in self.examples:
