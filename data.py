@@ -11,10 +11,10 @@ import random
 import re
 import zlib
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 
 import jinja2  # it comes with torch
@@ -512,17 +512,25 @@ def strftime_now(format: str) -> str:
 
 LONGEST = 10 ** 7  # characters that a template may write, or have in one value
 FUEL = 10 ** 5  # what it may do: calls, turns of loops, outputs and assignments
+WIDE = re.compile(r"[%{][^a-zA-Z%{}]*(\d{5}|\*)")  # a format that asks for a great width
+
+
+def size(value: object) -> float:
+    """How much a value holds, or asks for where it is a number."""
+    if isinstance(value, (int, float)):
+        return abs(value)
+    return len(value) if isinstance(value, (str, list, tuple, dict)) else 0
 
 
 class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """What chat templates run in: the helpers that they expect, and nothing beyond them.
 
     A template is foreign code, and has to end. Compiling puts a call of `metered` around whatever
-    it writes, assigns or repeats, and every call costs fuel. What stays unbounded is a single
-    filter or a single format of a number, such as `'' | center(10 ** 9)`.
+    it writes, assigns or repeats, and every call costs fuel, the more the larger its arguments and
+    its result are. What stays unbounded is one replacement, one join or one conversion.
     """
 
-    intercepted_binops = frozenset(["*", "**"])
+    intercepted_binops = frozenset(["*", "**", "%"])
     fuel = FUEL
 
     def __init__(self):
@@ -534,18 +542,44 @@ class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                                "metered": as_it_is}
         self.filters["tojson"] = lambda value, **options: json.dumps(
             value, **{"ensure_ascii": False} | options)
+        self.filters = {name: self.paid(function) for name, function in self.filters.items()}
+
+    def spend(self, values: Iterable) -> None:
+        largest = max(map(size, values), default=0)
+        if not largest <= LONGEST or self.fuel < 0:
+            raise jinja2.TemplateError("it does not seem to end")
+        self.fuel -= 1 + largest // 1000
+
+    def paid(self, function: Callable) -> Callable:
+        """A filter that costs fuel. A number that it is applied to asks for nothing."""
+        @wraps(function)
+        def call(value, *args, **kwargs):
+            if function is jinja2.filters.FILTERS["format"]:
+                self.check_format(value)
+            self.spend([*args, *kwargs.values(), value if isinstance(value, (str, list)) else 0])
+            result = function(value, *args, **kwargs)
+            self.spend([result if isinstance(result, (str, list)) else 0])
+            return result
+        return call
 
     def call(self, context, function, *args, **kwargs):
-        self.fuel -= 1
-        sizes = [len(value) for value in (*args, *kwargs.values())
-                 if isinstance(value, (str, list, tuple, dict))]
-        if self.fuel < 0 or max(sizes, default=0) > LONGEST:
-            raise jinja2.TemplateError("it does not seem to end")
+        given = [*args, *kwargs.values()]
+        text = getattr(getattr(function, "__wrapped__", function), "__self__", None)
+        if getattr(function, "__name__", "") in ("format", "format_map"):
+            self.check_format(text)
+        # Numbers ask a text's methods for a width. Elsewhere they are just numbers.
+        self.spend(x for x in given if isinstance(text, str) or not isinstance(x, (int, float)))
         return super().call(context, function, *args, **kwargs)
 
+    def check_format(self, text: object) -> None:
+        if isinstance(text, str) and WIDE.search(text):
+            raise jinja2.TemplateError("a format that is too wide")
+
     def call_binop(self, context, operator, left, right):
-        sizes = [len(x) if isinstance(x, (str, list, tuple)) else abs(x) for x in (left, right)]
-        if max(sizes) > 100 if operator == "**" else sizes[0] * sizes[1] > LONGEST:
+        if operator == "%":
+            self.check_format(left)
+        elif max(size(left), size(right)) > 100 if operator == "**" else (
+                not size(left) * size(right) <= LONGEST):
             raise jinja2.TemplateError(f"the result of {operator} is too large")
         return super().call_binop(context, operator, left, right)
 

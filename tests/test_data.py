@@ -324,6 +324,14 @@ def test_templates_can_tell_the_date(tmp_path):
     assert tokenizer.decode(tokenizer.chat(ASK)) in (str(year), str(year - 1))
 
 
+def test_templates_may_have_large_numbers_and_widths(tmp_path):
+    template = ("{{ 123456789 }}{{ 123456789 | string }}{{ '%100000' | trim }}{{ '%s%02d' % (1, 2) }}"
+                "{{ '7'.center(1) }}{{ namespace(n=123456789).n }}{{ '{:02}'.format(3) }}")
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template))
+    written = "123456789123456789%100000" + "102" + "7" + "123456789" + "03"
+    assert tokenizer.chat(ASK) == tokenizer.encode(written)
+
+
 def test_templates_have_what_they_need(tmp_path):
     template = ("{% set n = namespace(total=0) %}{% for i in range(4) %}"
                 "{% set n.total = n.total + i %}{% endfor %}{{ n.total }}{{ dict(a=7).a }}")
@@ -345,6 +353,12 @@ def test_templates_have_what_they_need(tmp_path):
     ("{% set n = namespace(x='x') %}{% for i in range(64) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
      "does not seem to end"), ("{{ messages[1] }}", "leaves nothing"), ("", "leaves nothing"),
     (r"{{ '\ud800' }}", "has no tokens"),
+    ("{{ 'x' | center(10**9) }}", "to end"), ("{{ 'x'.center(10**9) }}", "to end"),
+    ("{{ messages | tojson(indent=10**9) }}", "to end"), ("{{ [1] | batch(10**9, 0) }}", "to end"),
+    ("{{ '%999999999d' % 1 }}", "too wide"), ("{{ '%*d' % (10**9, 1) }}", "too wide"),
+    ("{{ '%999999999d' | format(1) }}", "too wide"),
+    ("{{ '{:999999999}'.format(1) }}", "too wide"),
+    ("{% for i in range(99999) %}{% set x = range(99999) | list %}{% endfor %}", "to end"),
     ("{{ lipsum(n=10**9) }}", "template failed: 'lipsum' is undefined"),
     ("{{ cycler(1) }}", "template failed: 'cycler' is undefined"),
     ("{{ joiner() }}", "template failed: 'joiner' is undefined")])
