@@ -357,7 +357,7 @@ class Text(Kind):
 
     def attempt(self, name: str, content: Content) -> None:
         value, segment = data.parse_confidence(content), data.confidence_segment(content)
-        assert value is None or type(value) is float and 0 <= value <= 1, "a confidence out of range"
+        assert value is None or type(value) is float and 0 <= value <= 1, "a confidence of none"
         answer = content[:segment.start()] if segment else content
         if data.still_thinking(content):
             answer += "</think>"
