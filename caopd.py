@@ -1147,9 +1147,10 @@ class Args:
                       "the embedded world")
     template_args: str = flag(RUN, ALL, "{}", "variables for the model's chat template, as a JSON "
                               'object: \'{"enable_thinking": false}\' turns off Qwen3\'s thinking')
-    train: str = flag(RUN, NOTHING, "", "JSONL file to train on: `prompt`, `answer`, optionally "
-                      "`system`, `demo`, `grade`")
-    eval: str = flag(RUN, NOTHING, "", "JSONL file of held-out questions, in the same form")
+    train: list = flag(RUN, NOTHING, (), "JSONL files to train on: `prompt`, `answer`, optionally "
+                       "`system`, `demo`, `grade`")
+    eval: list = flag(RUN, NOTHING, (), "JSONL files of held-out questions in the same form, or "
+                      "the share of --train that is held out, such as 0.1")
     out: str = flag(RUN, NOTHING, "", "directory for results, metrics and models (default out/toy, "
                     "or out/TASK with --model)")
     overwrite: bool = flag(RUN, NOTHING, False, "do again what --out has the results of already")
@@ -1263,15 +1264,17 @@ def parse_args(argv: list[str] | None) -> Args:
             groups[group].add_argument(name, action="store_true", help=help)
             continue
         if field.type is list:
-            groups[group].add_argument(name, nargs="*", metavar="QUESTION", help=help)
+            nargs, metavar, default = (
+                ("*", "QUESTION", None) if default is None else ("+", "PATH", []))
+            groups[group].add_argument(name, nargs=nargs, metavar=metavar, default=default,
+                                       help=help)
             continue
         toy, real = DEFAULTS.get(field.name, (default, default))
         if toy != real:
             help += f" [{toy}; with --model {real}]"
         elif toy != "":
             help += f" [{toy}]"
-        words = {"train": "PATH", "eval": "PATH", "out": "PATH", "template_args": "JSON"}
-        word = words.get(field.name, "NAME")
+        word = {"out": "PATH", "template_args": "JSON"}.get(field.name, "NAME")
         metavar = None if choices else {int: "N", float: "X", str: word}[field.type]
         groups[group].add_argument(name, type=field.type, default=default, choices=choices,
                                    metavar=metavar, help=help)
@@ -1333,10 +1336,22 @@ def check(args: Args) -> None:
         raise UsageError("--method caopd-sc samples from the teacher: leave out --teacher-device")
     graded = args.task == "arithmetic" or bool(args.train) or args.ask is not None
     if bool(args.train) != bool(args.eval) or not graded:
-        raise UsageError(f"--task {args.task} needs both --train FILE.jsonl and --eval FILE.jsonl")
+        raise UsageError(f"--task {args.task} needs both --train FILE.jsonl and --eval FILE.jsonl, "
+                         "or a share such as --eval 0.1")
+    if (share := held_out_share(args)) is not None and not 0 < share < 0.8:
+        raise UsageError(f"--eval {args.eval[0]}: a share should be over 0 and under 0.8")
     if args.train and not args.model:
         raise UsageError("--train and --eval need --model: the embedded world's tiny tokenizer "
                          "knows arithmetic alone")
+
+
+def held_out_share(args: Args) -> float | None:
+    """The share of --train that --eval holds out, or None where --eval names files."""
+    try:
+        share, = map(float, args.eval)
+        return share
+    except ValueError:
+        return None
 
 
 def settings(args: Args, stage: str, task: Task) -> dict:
@@ -1412,18 +1427,25 @@ def make_task(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
         every_grade = task.held_out + task.draw(64, "lengths", 0)
         fitting(every_grade, tokenizer, task.wording, config, replace(args, skip_long=False))
         return task
-    train, held_out = (
-        fitting(data.load_jsonl(path, args.task), tokenizer, data.WORDS, config, args)
-        for path in (args.train, args.eval))
-    if args.split == "validation":
-        held_out = [example for example in train if data.side(example.question) == "validation"]
-        train = [example for example in train if data.side(example.question) != "validation"]
-        if not train or not held_out:
-            raise UsageError(f"--split validation: {args.train} has too few questions to leave "
-                             "some for both sides")
+
+    def read(paths: list[str]) -> list[Example]:
+        examples = [example for path in paths for example in data.load_jsonl(path, args.task)]
+        return fitting(examples, tokenizer, data.WORDS, config, args)
+
+    train, share = read(args.train), held_out_share(args)
+    if share or args.split == "validation":
+        sides = [data.side(example.question, share or 0.2) for example in train]
+        unseen = {args.split, "held-out" if share else args.split}
+        held_out = [example for example, side in zip(train, sides) if side == args.split]
+        train = [example for example, side in zip(train, sides) if side not in unseen]
+    else:
+        held_out = read(args.eval)
+    if not train or not held_out:
+        raise UsageError(f"--split {args.split}: {' '.join(args.train)} has too few questions to "
+                         "leave some for both sides")
     if shared := len({e.question for e in train} & {e.question for e in held_out}):
-        print(f"Note: {shared} held-out questions are also in {args.train}; figures on them are "
-              "not held out.")
+        print(f"Note: {shared} held-out questions are also in {' '.join(args.train)}; figures on "
+              "them are not held out.")
     return data.listed_task(train, held_out[:args.eval_questions], args.seed)
 
 

@@ -23,7 +23,8 @@ import jinja2.sandbox
 import tokenizers
 from jinja2 import nodes
 
-from files import BadInput, from_json, parse_json, read_object, read_text, within, write_text
+from files import (BadInput, an_object, from_json, parse_json, read_object, read_text, within,
+                   write_text)
 
 
 class DataError(BadInput):
@@ -170,9 +171,14 @@ def as_it_is(answer: str) -> str:
 
 # Arithmetic: the answer is the last whole number, as digits.
 
+def without_commas(text: str) -> str:
+    """Takes the commas between thousands out of a text's numbers."""
+    return re.sub(r"(?<=\d),(?=\d{3})", "", text)
+
+
 def last_number(text: str) -> str | None:
     """Finds the last whole number. Commas between thousands do not count as a part of it."""
-    numbers = re.findall(r"-?\d+", re.sub(r"(?<=\d),(?=\d{3})", "", text))
+    numbers = re.findall(r"-?\d+", without_commas(text))
     return numbers[-1] if numbers else None
 
 
@@ -267,17 +273,20 @@ TASKS = tuple(KINDS)
 
 # ------------------------------------------------------- R(x, a): the verifier
 
-def extract(example: Example, text: str) -> object:
-    """Finds the answer that a completion gives.
+def answer_part(text: str) -> str:
+    """Returns the answer part a of a completion: after its thinking, before its confidence."""
+    segment = confidence_segment(text)
+    return text[thinking_end(text):segment.start() if segment else None]
 
-    text: the whole completion. Its answer part is everything after its thinking and before its
-        confidence segment.
+
+def extract(example: Example, text: str) -> object:
+    """Finds the answer that the answer part of a completion gives.
+
+    text: the whole completion.
     Returns None where the answer part gives no answer. Two answers to one question are the same
     where == says so. A tool call contains a dict, so that it can be compared but not hashed.
     """
-    segment = confidence_segment(text)
-    answer_part = text[thinking_end(text):segment.start() if segment else None]
-    return KINDS[example.task].extract(answer_part)
+    return KINDS[example.task].extract(answer_part(text))
 
 
 def verify(example: Example, text: str) -> bool:
@@ -655,46 +664,93 @@ def checksum(content: list) -> int:
     return zlib.crc32(json.dumps(content).encode())
 
 
-def load_jsonl(path: str | Path, task: str) -> list[Example]:
-    """Reads examples from a file with a JSON object on every line. Blank lines are passed over.
-
-    path: the file. The fields of an object are `prompt` and `answer`, and optionally `system`,
-        `demo` (a worked answer) and `grade`.
-    task: the kind of question that they all are, a key of KINDS.
-    Raises DataError, which names file and line, for anything that is not JSON, lacks a field or has
-    an answer that the task cannot verify.
-    """
-    examples = [parse_example(line, task, f"{path}, line {number}")
-                for number, line in enumerate(read_text(Path(path)).split("\n"), 1) if line.strip()]
-    if not examples:
-        raise DataError(f"{path}: no examples in it; each line should be a JSON object "
-                        "with `prompt` and `answer`")
-    return examples
+NAMES = {  # of a field of Row, with those that others give it: the first that has a value counts
+    "prompt": ("prompt", "question", "messages"),
+    "answer": ("answer", "golden_answer", "solution"),
+    "system": ("system",),
+    "demo": ("demo", "golden_response", "output_text", "solution"),
+    "grade": ("grade",)}
 
 
 @dataclass
 class Row:
-    """A line of JSONL. A missing answer, null and "" are no answer, but 0 is one."""
+    """A line of JSONL under our names. The forms that others give its fields are turned into ours.
 
-    prompt: str
+    A prompt may be a list of messages. An answer may be worked out in front of `####`, as in GSM8K.
+    A demonstration may be a list of lines, and may state a confidence, which is left out.
+    """
+
+    prompt: str | list
     answer: str | int | list
     system: str = ""
-    demo: str = ""
+    demo: str | list[str] = ""
     grade: str = ""
 
     def __post_init__(self):
-        for name in ("prompt", "answer"):
-            if getattr(self, name) == "":
-                raise DataError(f"no `{name}`")
+        match self.prompt:
+            case [{"role": "user", "content": str(question)}]:
+                self.prompt = question
+            case [{"role": "system", "content": str(system)},
+                  {"role": "user", "content": str(question)}]:
+                self.system, self.prompt = system, question
+            case list():
+                raise DataError("`prompt` should be text, or the message of a user, which one of "
+                                "the system may precede")
+        if not isinstance(self.answer, list):
+            text = str(self.answer)
+            self.demo = self.demo or (text if "####" in text else "")
+            self.answer = without_commas(text.rpartition("####")[2].strip())
+        if isinstance(self.demo, list):
+            self.demo = "\n".join(self.demo)
+        if segment := confidence_segment(self.demo):
+            self.demo = self.demo[:segment.start()].rstrip()
 
 
-def parse_example(line: str, task: str, where: str) -> Example:
+def find_names(row: dict) -> dict[str, str]:
+    """Returns the name that a line has for each field of Row. null and "" are no value, 0 is."""
+    names = {}
+    for field, candidates in NAMES.items():
+        for name in candidates:
+            if row.get(name) not in (None, "") and name not in names.values():
+                names.setdefault(field, name)
+    return names
+
+
+def load_jsonl(path: str | Path, task: str) -> list[Example]:
+    """Reads examples from a file with a JSON object on every line. Blank lines are passed over.
+
+    path: the file. The fields of an object are `prompt` and `answer`, and optionally `system`,
+        `demo` (a worked answer) and `grade`, by these names or by others in NAMES. A line is
+        printed about the names that are not ours.
+    task: the kind of question that they all are, a key of KINDS.
+    Raises BadInput, which names file and line, for anything that is not JSON, lacks a field or has
+    an answer that the task cannot verify.
+    """
+    examples, read_as = [], {}  # by name: the field that it was read as, or None
+    for number, line in enumerate(read_text(Path(path)).split("\n"), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            row = an_object(parse_json(line, where), where)
+            names = find_names(row)
+            ours = from_json(Row, {field: row[name] for field, name in names.items()}, where)
+            examples.append(make_example(ours, task, where))
+            read_as = dict.fromkeys(row) | read_as | {name: field for field, name in names.items()}
+    if not examples:
+        raise DataError(f"{path}: no examples in it; each line should be a JSON object "
+                        "with `prompt` and `answer`")
+    notes = [f"`{name}` " + (f"read as `{field}`" if field else "not read")
+             for name, field in read_as.items() if name != field]
+    if notes:
+        print(f"{path}: {', '.join(notes)}.")
+    return examples
+
+
+def make_example(row: Row, task: str, where: str) -> Example:
     """Makes an example of a line, and verifies its demonstration with its own answer."""
-    row, kind = from_json(Row, parse_json(line, where), where), KINDS[task]
-    answer = row.answer if isinstance(row.answer, list) else str(row.answer).strip()
+    kind = KINDS[task]
     try:
-        demo = row.demo or kind.demonstrate(answer)
-        example = Example(task, row.prompt, answer, row.system, demo, row.grade or task, where)
+        example = Example(task, row.prompt, row.answer, row.system,
+                          row.demo or kind.demonstrate(row.answer), row.grade or task, where)
         verified = verify(example, example.demo)
     except (TypeError, KeyError, AttributeError, IndexError, ValueError):
         verified = False  # the answer has the form of another task
@@ -731,14 +787,17 @@ GRADES = {  # name: operation, digits of its operands, which are what makes a qu
 SPLITS = ("held-out", "validation")  # the sides that can be asked
 
 
-def side(key: str) -> str:
+def side(key: str, share: float = 0.2) -> str:
     """Decides by a hash which side of the split a question is on.
 
-    Returns "held-out" for a fifth of all keys, "validation" for another, and "train" for the rest.
+    share: of all keys that are held out, between 0 and 0.8.
+    Returns "held-out" for these, "validation" for a further fifth, and "train" for the rest.
     The held-out side is for results and is never trained on. The validation side is for choosing
     settings: a run that asks it leaves it out of training, and any other run trains on it.
     """
-    return {0: "held-out", 1: "validation"}.get(zlib.crc32(key.encode()) % 5, "train")
+    number = zlib.crc32(key.encode())
+    place = (number % 5 + number / 2 ** 32) / 5  # uniform in [0, 1)
+    return "held-out" if place < share else "validation" if place < share + 0.2 else "train"
 
 
 def draw_operands(grade: str, rng: random.Random, sides: tuple[str, ...]) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from os.path import commonprefix
 from pathlib import Path
 from statistics import fmean
@@ -25,8 +26,9 @@ from torch import Tensor
 import data
 from caopd import (METHODS, VALUES, Args, Group, Method, Rollout, Target, TokenLoss, UsageError,
                    add_references, choose_losses, confidence_distribution, eq7, find_model, fitting,
-                   group_advantages, hidden_states, load_model, loss_masks, make_targets, make_task,
-                   mu_hat, pick_device, pick_dtype, rollout, rollout_sampling, seeded, title)
+                   group_advantages, held_out_share, hidden_states, load_model, loss_masks,
+                   make_targets, make_task, mu_hat, pick_device, pick_dtype, rollout,
+                   rollout_sampling, seeded, title)
 from data import Example, Tokenizer, Wording
 from model import Config, SharedPrefix, Transformer
 
@@ -76,19 +78,22 @@ def wording(args: Args) -> Wording:
     return data.WORDS if args.model else data.SYMBOLS
 
 
+@lru_cache  # several questions may be typed
+def questions(paths: tuple[str, ...], task: str) -> dict[str, Example]:
+    return {example.question.strip(): example
+            for path in paths for example in data.load_jsonl(path, task)}
+
+
 def read_question(text: str, args: Args) -> Example | None:
     """A typed question with its answer: one out of the files, a sum or a product; else None."""
-    for path in filter(None, (args.train, args.eval)):
-        for example in data.load_jsonl(path, args.task):
-            if example.question.strip() == text.strip():
-                return example
-    return data.typed_question(text, words=bool(args.model))
+    paths = (*args.train, *(args.eval if held_out_share(args) is None else ()))
+    known = questions(paths, args.task).get(text.strip())
+    return known or data.typed_question(text, words=bool(args.model))
 
 
 def answer_part(text: str) -> str:
     """The text of a in y = (a, c), on one line."""
-    segment = data.confidence_segment(text)
-    return visible((text[:segment.start()] if segment else text).strip("\n"))
+    return visible(data.answer_part(text).strip("\n"))
 
 
 def visible(text: str) -> str:

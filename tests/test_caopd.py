@@ -1455,7 +1455,7 @@ def another(field: dataclasses.Field, value):
         return next(choice for choice in field.metadata["choices"] if choice != value)
     if isinstance(value, bool):
         return not value
-    if value is None:
+    if value is None or isinstance(value, list):
         return ["47*8"]
     return value + "x" if isinstance(value, str) else value + 8
 
@@ -1714,6 +1714,22 @@ def test_the_split_of_a_training_file(tmp_path, real_model, monkeypatch, flags):
         assert set(trained) == set(questions) and set(asked) == {"held out?"}
 
 
+@pytest.mark.parametrize("flags", [[], ["--split", "validation"]])
+def test_a_share_of_several_training_files_is_held_out(tmp_path, real_model, monkeypatch, flags):
+    questions = [f"Q{i}?" for i in range(40)]
+    files = [write(tmp_path / f"{i}.jsonl", *({"question": q, "answer": "A"}
+                                              for q in questions[i::2])) for i in range(2)]
+    trained, asked = watch(monkeypatch, "listed_task")
+    assert caopd.main(["--model", str(real_model), "--task", "mcq", "--train", *files, "--eval",
+                       "0.1", "--out", str(tmp_path / "out"), *REAL, "--method", "opd",
+                       "--prompts", "40", "--eval-questions", "40", *flags]) == 0
+    sides = {q: data.side(q, 0.1) for q in questions}
+    assert set(sides.values()) == {"train", "validation", "held-out"}
+    assert set(asked) == {q for q in questions if sides[q] == (flags or ["held-out"])[-1]}
+    unseen = {"held-out", "validation"} if flags else {"held-out"}
+    assert set(trained) == {q for q in questions if sides[q] not in unseen}
+
+
 def test_a_split_that_leaves_no_question_is_one_sentence(tmp_path, real_model, capsys):
     asked = write(tmp_path / "e.jsonl", {"prompt": "held out?", "answer": "B"})
     for side in ("validation", "train"):  # All training questions are on this side.
@@ -1836,6 +1852,8 @@ def test_bfloat16_is_picked_only_where_the_gpu_multiplies_it(monkeypatch, native
     (["--teacher-rate", "1.5"], "--teacher-rate"), (["--device", "tpu"], "--device tpu"),
     (["--device", "cuda:99"], "--device cuda:99"), (["--device", "what"], "--device what"),
     (["--task", "mcq"], "needs both --train"), (["--train", "x.jsonl"], "--train"),
+    *((["--train", "x.jsonl", "--eval", share], f"--eval {share}: a share should be")
+      for share in ("0", "0.8", "1", "-0.1", "nan", "1e999")),
     (["--train", "x.jsonl", "--eval", "x.jsonl"], "need --model"),
     (["--model", "/nowhere"], "--model /nowhere"), (["--model", "no dir"], "--model no dir"),
     (["--prompts", "0"], "--prompts"), (["--max-new-tokens", "0"], "--max-new-tokens"),

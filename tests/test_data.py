@@ -480,11 +480,55 @@ def test_jsonl_numbers_as_answers(tmp_path, answer, text):
     assert load_jsonl(path, "arithmetic")[0].answer == text
 
 
+WORKED = "48 / 2 = <<48/2=24>>24\n48 + 976 = 1,024\n#### 1,024"
+ASKED = [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}]
+OTHERS = {  # a row as it is published: what it is to us, and what is said of its names
+    "GSM8K": ("arithmetic", {"question": "p", "answer": WORKED},
+              ("p", "1024", "", WORKED), "`question` read as `prompt`."),
+    "a solution and an answer": (
+        "arithmetic", {"id": 7, "question": "p", "solution": "6 * 7 = 42", "answer": 42},
+        ("p", "42", "", "6 * 7 = 42"),
+        "`id` not read, `question` read as `prompt`, `solution` read as `demo`."),
+    "a solution alone": ("mcq", {"prompt": "p", "solution": "B", "demo": None},
+                         ("p", "B", "", "<answer>\nB\n</answer>"),
+                         "`solution` read as `answer`, `demo` not read."),
+    "CaOPD's chemistry": (
+        "mcq", {"messages": ASKED, "answer": "B",
+                "output_text": "So\n<answer>\nB\n</answer>\nConfidence: 1.00"},
+        ("p", "B", "s", "So\n<answer>\nB\n</answer>"),
+        "`messages` read as `prompt`, `output_text` read as `demo`."),
+    "CaOPD's tool use": (
+        "tool", {"prompt": "p", "golden_answer": CALL, "golden_response": [
+            "Thought: so", "Action: search", 'Action Input: {"q": "x", "n": 2}']},
+        ("p", CALL, "", 'Thought: so\nAction: search\nAction Input: {"q": "x", "n": 2}'),
+        "`golden_answer` read as `answer`, `golden_response` read as `demo`."),
+    "messages without a system's": ("mcq", {"prompt": ASKED[1:], "answer": "B"},
+                                    ("p", "B", "", "<answer>\nB\n</answer>"), ""),
+    "our names count before others'": (
+        "mcq", {"question": "q", "prompt": "p", "answer": "B", "golden_answer": "A"},
+        ("p", "B", "", "<answer>\nB\n</answer>"), "`question` not read, `golden_answer` not read.")}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_rows_as_others_write_them(tmp_path, capsys, name):
+    task, row, fields, said = OTHERS[name]
+    path = write(tmp_path / "a.jsonl", json.dumps(row), "", json.dumps(row))
+    for example in load_jsonl(path, task):
+        assert (example.question, example.answer, example.system, example.demo) == fields
+        assert verify(example, data.stated(example.demo, 0.5))
+    assert capsys.readouterr().out == (f"{path}: {said}\n" if said else "")
+
+
 @pytest.mark.parametrize("task, line, words", [
     ("mcq", "{", "not JSON"), ("mcq", "[1]", "a JSON object"),
     ("mcq", '{"prompt": "\\ud800", "answer": "A"}', "surrogates not allowed"),
     ("mcq", '{"prompt": "p"}', "no `answer`"), ("mcq", '{"answer": "A"}', "no `prompt`"),
-    ("mcq", '{"prompt": 3, "answer": "A"}', "should be text"),
+    ("mcq", '{"prompt": 3, "answer": "A"}', "`prompt` should be text or a list, not 3"),
+    *(("mcq", json.dumps({"prompt": messages, "answer": "A"}), "should be text, or the message")
+      for messages in ([*ASKED, *ASKED], ASKED[:1], [{"role": "user", "content": 1}], ["p"], [])),
+    ("mcq", '{"prompt": "p", "answer": "A", "demo": ["A", 1]}', "`demo` should be text or a list"),
+    ("arithmetic", '{"prompt": "p", "answer": "7 / 2\\n#### 3.5"}', "cannot verify .* '3.5'"),
+    ("arithmetic", '{"prompt": "p", "answer": "1,5"}', "cannot verify"),
     ("mcq", '{"prompt": "p", "answer": "AB"}', "cannot verify"),
     ("mcq", '{"prompt": "p", "answer": "a"}', "cannot verify"),
     ("mcq", '{"prompt": "p", "answer": ["A"]}', "cannot verify"),
@@ -516,6 +560,20 @@ def test_jsonl_missing_empty_and_not_text(tmp_path):
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadInput, match="cannot be read as UTF-8"):
         load_jsonl(tmp_path / "binary.jsonl", "mcq")
+
+
+def test_the_share_that_is_held_out_is_a_part_of_a_larger_share():
+    keys = [str(i) for i in range(20000)]
+    sides = {share: {side: {key for key in keys if data.side(key, share) == side}
+                     for side in ("held-out", "validation")} for share in (0.05, 0.1, 0.2, 0.5)}
+    for share, of in sides.items():
+        assert abs(len(of["held-out"]) / len(keys) - share) < 0.01
+        assert abs(len(of["validation"]) / len(keys) - 0.2) < 0.01
+    held_out = [of["held-out"] for of in sides.values()]
+    assert all(less < more for less, more in zip(held_out, held_out[1:]))
+    for key in keys:  # a fifth is what it always was
+        assert data.side(key) == {0: "held-out", 1: "validation"}.get(
+            zlib.crc32(key.encode()) % 5, "train")
 
 
 def test_training_goes_through_a_list_epoch_by_epoch():
