@@ -397,6 +397,8 @@ def activation_bytes(config: Config, tokens_per_prompt: int, rollouts: int, comp
     gathered = rollouts * (prompt + completion) / tokens_per_prompt
     numbers = (6 * config.hidden_size + 4 * config.intermediate_size + 5 * q_size
                + (8 + 2 * gathered) * kv_size)
+    if dtype == torch.float32 or config.sliding_window:  # Packed repeats shared heads.
+        numbers += 2 * (q_size - kv_size) * prompt / tokens_per_prompt
     if dtype == torch.float32:
         return 4 * numbers
     norms = 2 * config.hidden_size + q_size + kv_size  # They are computed in float32.
@@ -654,6 +656,10 @@ class Packed(Attend):
         q, k, v = (gather(x, self.padding.index) for x in (q, k, v))  # [B, H or G, P, d]
         if self.kv is not None:
             self.kv.append((k, v))
+        share = q.shape[1] // k.shape[1]
+        if share > 1 and (mask is not None or q.dtype == torch.float32):
+            # Then no fused kernel of a GPU shares heads, and the plain one stores all P² scores.
+            k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
         # Padding needs no mask: it stands on the right, where causal attention never looks.
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                              enable_gqa=True)
