@@ -33,11 +33,11 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, pstdev, stdev
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ import data
 from data import Example, Task, Tokenizer, Wording
 from files import (BadInput, Unbroken, claimed, fingerprint, finite, from_json, parse_json,
                    read_object, read_text, replacing, within, write_text)
-from model import Config, SharedPrefix, Transformer, activation_bytes, generate
+from model import Config, NotFinite, SharedPrefix, Transformer, activation_bytes, generate
 
 # ------------------------------------------------------------------- Algorithm 1, step 1: rollout
 
@@ -499,8 +499,9 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
 
         # 1. Rollout: K completions y_k = (a_k, c_k) of each prompt x, verified by R(x, a_k).
         examples = task.draw(args.prompts, "distill", step)
-        groups = rollout(student, tokenizer, examples, task.wording, args.rollouts, sampling,
-                         generator)
+        with finite_logits(f"{name}, step {step}", tokenizer):
+            groups = rollout(student, tokenizer, examples, task.wording, args.rollouts, sampling,
+                             generator)
 
         # 2. Empirical confidence: mu_hat(x) = (1/K) sum_k R(x, a_k), or the method's own estimate.
         if method.reference:
@@ -539,6 +540,20 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         stage.save_if_due(step)
 
 
+@contextmanager
+def finite_logits(where: str, tokenizer: Tokenizer) -> Iterator[None]:
+    """Raises UsageError for logits that are not finite: where it was, after what, what to try."""
+    try:
+        yield
+    except NotFinite as error:
+        text = tokenizer.decode(error.prompt)[-200:]
+        raise UsageError(f"{where}: the logits after {text!r} are not finite; {REMEDY}") from None
+
+
+REMEDY = ("try a lower learning rate (--lr, --sft-lr), a lower --clip or --dtype float32, or another "
+          "--model; the last checkpoint is as it was")
+
+
 def choose_losses(method: Method, args: "Args") -> tuple[TokenLoss, TokenLoss]:
     """The method's losses on I_a and on I_c, with the flags' divergences where they are a KL."""
     on_answer = DIVERGENCES[args.divergence]
@@ -556,11 +571,14 @@ def summarize(groups: list[Group], targets: list[Target], loss: np.ndarray) -> d
     """A step's row in metrics.jsonl; what is said is averaged over the parsable confidences."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     stated = [rollout.confidence for rollout in rollouts if rollout.confidence is not None]
+    # One confidence for all is a collapse only where success differs from prompt to prompt.
+    uneven = stated and pstdev(mu_hat(group)[0] for group in groups) > 0.2
     return {
         "loss": float(loss.sum()), "loss_answer": float(loss[0]), "loss_confidence": float(loss[1]),
         "accuracy": fmean(rollout.correct for rollout in rollouts),
         "confidence": fmean(stated) if stated else math.nan,
         "format": len(stated) / len(rollouts),
+        "collapse": Counter(stated).most_common(1)[0][1] / len(stated) if uneven else math.nan,
         "truncated": fmean(rollout.truncated for rollout in rollouts),
         "left_out": len(rollouts) - sum(sum(target.counts) for target in targets)}
 
@@ -718,6 +736,13 @@ TROUBLE = {  # figure of a step: when something is wrong, and what to try
     "format": (lambda share: share < 0.5, "over half of the completions state no confidence; a "
                "teacher that drifts does that (--teacher-rate 0), and so does a model that never "
                "learned the format (--sft-steps)"),
+    "collapse": (lambda share: share > 0.95, "nearly all completions state one and the same "
+                 "confidence, though some questions go better than others; OPD ends there, and "
+                 "CaOPD does where its teacher no longer reports what it is told (--teacher-rate 0, "
+                 "--method caopd-direct)"),
+    "moved": (lambda share: share == 0, "no update has moved a weight so far; raise --lr, or give "
+              "the method something to learn from (GRPO needs rollouts that differ, --context "
+              "solution a correct one)"),
     "truncated": (lambda share: share > 0.5, "over half of the completions are cut off; raise "
                   "--max-new-tokens"),
     "copied": (lambda share: share < 0.5, "the teacher no longer states the confidence that it is "
@@ -759,6 +784,10 @@ class Stage:
             self.tensors |= {f"teacher.{key}": weight for key, weight in pairs}
         self.device = next(iter(optimizer.parameters.values())).device
         self.start, self.warned = self.resume(), set()
+        # A row of the last layer's last matrix stands for all that an update should move.
+        self.watched = [weight[0] for name, weight in optimizer.parameters.items()
+                        if name.endswith("down_proj.weight")][-1].detach()
+        self.at_start = self.watched.clone()
         self.drop_rows_from(self.start)
 
     def steps(self, total: int) -> Iterator[int]:
@@ -769,15 +798,23 @@ class Stage:
         yield from self.bar
 
     def log(self, step: int, row: dict) -> None:
-        """Appends a line to metrics.jsonl, shows its main figures, says once what is wrong."""
+        """Appends a line to metrics.jsonl, shows its main figures, says once what is wrong.
+
+        Raises UsageError for a loss or a gradient that is not finite.
+        """
         now = time.perf_counter()
         row = {"stage": self.name, "step": step} | row | {"seconds": now - self.began}
         self.began = now
         with self.metrics.open("a") as file:
             file.write(to_json(row) + "\n")
+        if not math.isfinite(row["loss"] + row["grad_norm"]):
+            raise UsageError(f"{self.name}, step {step}: the loss is {row['loss']} and its gradient "
+                             f"has norm {row['grad_norm']}; {REMEDY}")
         shown = {"accuracy": "accuracy", "confidence": "says", "loss": "loss"}
         self.bar.set_postfix_str(", ".join(f"{word} {row[key]:.2f}" for key, word in shown.items()
                                            if key in row))
+        if step + 1 == self.start + 5:
+            row["moved"] = (self.watched != self.at_start).float().mean().item()
         for key, (wrong, words) in TROUBLE.items():
             if key in row and key not in self.warned and wrong(row[key]):
                 self.warned.add(key)
@@ -940,6 +977,8 @@ def confidence_distribution(model: Transformer, tokenizer: Tokenizer, groups: li
             log_p = model.logits(h).float().log_softmax(-1).cpu()  # [num_tokens, V]
             scores = (log_p[b.rows, b.tokens] * b.real).sum(1)  # [101]
             rows.append(scores.softmax(0))
+            if not scores.isfinite().all():
+                raise NotFinite("logits of the confidence", prefixes[len(rows) - 1])
     return torch.stack(rows).double().numpy()
 
 
@@ -976,7 +1015,8 @@ def ask(model: Transformer, tokenizer: Tokenizer, examples: list[Example], wordi
     with tqdm(total=len(examples), desc=f"{name:>6}", unit="question", dynamic_ncols=True) as bar:
         for start in range(0, len(examples), 500):
             part = examples[start:start + 500]
-            groups += rollout(model, tokenizer, part, wording, samples, sampling, generator)
+            with finite_logits(f"{name}, evaluation", tokenizer):
+                groups += rollout(model, tokenizer, part, wording, samples, sampling, generator)
             bar.update(len(part))
     return groups
 
@@ -1007,7 +1047,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     generator = seeded(seed, "evaluation", 1, model.device)
     groups = ask(model, tokenizer, examples, wording, samples, sampling, generator, name)
     confidence, correct = stated_and_correct(groups)
-    p = confidence_distribution(model, tokenizer, groups, sampling.tokens_at_once)
+    with finite_logits(f"{name}, evaluation", tokenizer):
+        p = confidence_distribution(model, tokenizer, groups, sampling.tokens_at_once)
     c, r, grades = confidence.ravel(), correct.ravel(), np.repeat(
         [group.example.grade for group in groups], samples)
     stated = calibration(c, r)
@@ -1488,10 +1529,10 @@ def teacher_length(example: Example, tokenizer: Tokenizer, wording: Wording) -> 
 # ----------------------------------------------------------------------------- what fits
 
 
-def memory_needed(config: Config, longest: int, args: Args) -> dict[str, float]:
-    """Bytes that a distillation step will hold on the device, by purpose.
+def memory_needed(config: Config, prompts: list[int], args: Args) -> dict[str, float]:
+    """Bytes that a distillation step or an evaluation will hold on the device, by purpose.
 
-    longest: tokens of a prompt with its K completions. Fragmentation comes on top.
+    prompts: lengths of typical prompts. Fragmentation comes on top.
     """
     with torch.device("meta"):
         model = Transformer(config)
@@ -1502,6 +1543,7 @@ def memory_needed(config: Config, longest: int, args: Args) -> dict[str, float]:
     cast = 0 if stored == computed else computed * weights  # of all weights, for sampling
     resident = weights - in_layers if args.teacher_device == "cpu" else weights
 
+    longest = max(prompts) + args.rollouts * args.max_new_tokens  # tokens of a prompt and its K
     step = longest * max(args.prompts, args.sft_documents if args.sft_steps else 0)  # at most
     tokens = max(longest, min(args.micro_tokens, step))
     layer = activation_bytes(config, longest, args.rollouts, args.max_new_tokens,
@@ -1511,11 +1553,24 @@ def memory_needed(config: Config, longest: int, args: Args) -> dict[str, float]:
         kept = layers * computed * config.hidden_size + layer
     losing = tokens * kept + 6 * 4 * LOGITS_AT_ONCE + (0 if args.recompute else cast)
     cache = 2 * computed * layers * config.num_key_value_heads * config.head_dim  # bytes a token
-    sampled = max(longest, min(SAMPLED * args.micro_tokens, step))
-    sampling = sampled * cache + tokens * layer + cast
     updating = 16 * config.vocab_size * config.hidden_size if stored == 2 else 0  # in float32
-    return {"weights, gradient and optimizer": weights * (2 * stored + 8),
-            "teacher": resident * stored, "working memory": max(losing, sampling, updating)}
+    moments = 8 * weights
+
+    def sampling(questions: int, samples: int) -> float:
+        """Of keys and values, and of what the draw of a token holds."""
+        each = max(prompts) + samples * args.max_new_tokens
+        sampled = max(each, min(SAMPLED * args.micro_tokens, questions * each))
+        rows = sampled * samples / (min(prompts) + samples * args.max_new_tokens)
+        # A row's logits are there as they are computed, in float32, and twice in float64.
+        drawing = rows * config.vocab_size * (computed + 4 + 8 + 8)
+        return sampled * cache + max(tokens * layer, drawing) + cast
+
+    # Evaluating begins when teacher and optimizer have gone.
+    samples = max(args.eval_samples, args.paper_samples, args.oracle)
+    evaluating = sampling(args.eval_questions, samples) - resident * stored - moments
+    working = max(losing, updating, sampling(args.prompts, args.rollouts), evaluating)
+    return {"weights, gradient and optimizer": weights * 2 * stored + moments,
+            "teacher": resident * stored, "working memory": working}
 
 
 def memory_free(device: torch.device) -> float:
@@ -1535,7 +1590,7 @@ def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args,
     prompts = [teacher_length(example, tokenizer, task.wording)
                for example in task.draw(64, "memory", 0)]
     longest = max(prompts) + args.rollouts * args.max_new_tokens
-    parts, free = memory_needed(config, longest, args), memory_free(device)
+    parts, free = memory_needed(config, prompts, args), memory_free(device)
     needed = sum(parts.values())
     shown = ", ".join(f"{name} {size / 2 ** 30:.1f}" for name, size in parts.items())
     print(f"Memory: about {needed / 2 ** 30:.1f} GiB needed on {device} ({shown}), "
@@ -1550,7 +1605,7 @@ def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args,
         remedies["--teacher-device cpu"] = {"teacher_device": "cpu"}
     offers = []
     for name, change in remedies.items():
-        changed = memory_needed(config, longest, replace(args, **change))
+        changed = memory_needed(config, prompts, replace(args, **change))
         offers.append((sum(changed.values()), name))
     helps = ", ".join(f"{name} {size / 2 ** 30:.1f} GiB" for size, name in sorted(offers)
                       if size < 0.99 * needed)

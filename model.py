@@ -46,6 +46,14 @@ class ModelError(BadInput):
     """A model directory or a request that cannot be served; the message is for the user."""
 
 
+class NotFinite(ModelError):
+    """Logits that hold NaN or infinity. prompt: the token ids that they come after."""
+
+    def __init__(self, message: str, prompt: list[int]):
+        super().__init__(message)
+        self.prompt = prompt
+
+
 # --------------------------------------------------------------------------------- configuration
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
@@ -929,7 +937,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
     completion; generator: on the model's device, None uses torch's global one.
     Returns len(prompts) * num_samples lists of ids, the samples of a prompt together, without the
     prompt, with the end token where one was sampled (others were cut off at max_new_tokens).
-    Raises ModelError for arguments that make no sense, and for logits that are not finite.
+    Raises ModelError for arguments that make no sense, NotFinite for logits that are not finite.
     """
     check_request(model.config.vocab_size, prompts, max_new_tokens, temperature, top_k, top_p,
                   eos_ids, num_samples)
@@ -950,8 +958,8 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
         alive, failed = torch.stack([running.sum(), broken.sum()]).tolist()
         if failed:
             prompt = int(rows[broken][0]) // num_samples
-            raise ModelError(f"generate: the logits of prompt {prompt} are not finite; "
-                             "the weights hold NaN or infinity, or the dtype overflows")
+            raise NotFinite(f"generate: the logits of prompt {prompt} are not finite; the weights "
+                            "hold NaN or infinity, or the dtype overflows", prompts[prompt])
         if alive == 0 or step + 1 == max_new_tokens:
             break
         if alive <= 0.75 * len(rows):  # Dropping rows copies the cache, so not for every one.

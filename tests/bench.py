@@ -356,33 +356,55 @@ def whole_step(config: Config, flags: argparse.Namespace,
     return sum(p.numel() for p in model.parameters()), sampling, update
 
 
+def shape_args(flags: argparse.Namespace, *extra: str) -> caopd.Args:
+    """A step's flags, for what it is to need in memory; `extra` says what saves some."""
+    return caopd.parse_args([
+        "--rollouts", str(K), "--max-new-tokens", str(flags.new), "--dtype", flags.dtype,
+        "--micro-tokens", "1", "--eval-questions", "1", "--oracle", "0", "--paper-samples", "0",
+        *extra])
+
+
+def shape(config: Config, flags: argparse.Namespace, args: caopd.Args) -> dict:
+    """Memory and speed of a step of a network of this shape with random weights; of one that does
+    not fit, the estimated memory alone. Bytes, seconds, and shares of what the device can do."""
+    device, dtype = torch.device(flags.device), getattr(torch, flags.dtype)
+    tokens = flags.prompt + K * flags.new
+    figures = {"estimated": sum(caopd.memory_needed(config, [flags.prompt], args).values())}
+    if figures["estimated"] > caopd.memory_free(device):
+        return figures
+    rate, bandwidth = matrix_rate(dtype, device), memory_rate(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    weights, sampling, update = whole_step(config, flags, args)
+    # A decoding step reads all weights, and on average this many keys and values.
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (
+        flags.prompt + K * flags.new / 2)
+    read = flags.new * dtype.itemsize * (weights + cached)
+    return figures | {
+        "peak": peak_memory(device), "rollout": sampling, "update": update,
+        "tokens/s": K * flags.new / sampling, "of bandwidth": read / sampling / bandwidth,
+        "of matrix rate": 2 * weights * 4 * tokens / update / rate, "matrix rate": rate,
+        "bandwidth": bandwidth}
+
+
 def shapes(flags: argparse.Namespace) -> None:
     """Random weights in the shapes of Qwen3: speed needs no download."""
-    device, dtype = torch.device(flags.device), getattr(torch, flags.dtype)
-    rate, bandwidth, rows = matrix_rate(dtype, device), memory_rate(device), []
-    args = caopd.parse_args([
-        "--rollouts", str(K), "--max-new-tokens", str(flags.new), "--dtype", flags.dtype,
-        "--rounding", "stochastic", "--recompute", "--micro-tokens", "1"])
-    tokens = flags.prompt + K * flags.new
-    for size in flags.sizes:
-        config = qwen3(size)
-        needed = sum(caopd.memory_needed(config, tokens, args).values())
-        row = [size, f"{needed / 2 ** 30:.0f}"]
-        if needed > caopd.memory_free(device):
-            rows.append(row + ["does not fit"] + [""] * 5)
-            continue
-        weights, sampling, update = whole_step(config, flags, args)
-        # A decoding step reads all weights, and on average this many keys and values.
-        cached = 2 * config.num_hidden_layers * 8 * 128 * (flags.prompt + K * flags.new / 2)
-        read = flags.new * dtype.itemsize * (weights + cached)
-        rows.append(row + [f"{peak_memory(device) / 2 ** 30:.0f}", f"{sampling:.1f}",
-                           f"{K * flags.new / sampling:.0f}", f"{read / sampling / bandwidth:.0%}",
-                           f"{update:.1f}", f"{2 * weights * 4 * tokens / update / rate:.0%}"])
-    print(f"{flags.device}, {flags.dtype}: matrix products at {rate / 1e12:.1f} TFLOP/s, reading "
-          f"at {bandwidth / 1e9:.0f} GB/s; one prompt, P = {flags.prompt}, K = {K}, "
+    args = shape_args(flags, "--rounding", "stochastic", "--recompute")
+    print(f"{flags.device}, {flags.dtype}; one prompt, P = {flags.prompt}, K = {K}, "
           f"C = {flags.new}\n")
+    rows = []
+    for size in flags.sizes:
+        its = shape(qwen3(size), flags, args)
+        row = [size, f"{its['estimated'] / 2 ** 30:.0f}"]
+        if "peak" not in its:
+            rows.append(row + ["does not fit"] + [""] * 7)
+            continue
+        rows.append(row + [f"{its['peak'] / 2 ** 30:.0f}", f"{its['rollout']:.1f}",
+                           f"{its['tokens/s']:.0f}", f"{its['of bandwidth']:.0%}",
+                           f"{its['update']:.1f}", f"{its['of matrix rate']:.0%}",
+                           f"{its['bandwidth'] / 1e9:.0f}", f"{its['matrix rate'] / 1e12:.1f}"])
     show(["Qwen3-", "estimated GiB", "peak GiB", "rollout s", "tokens/s", "of bandwidth",
-          "update s", "of matrix rate"], rows)
+          "update s", "of matrix rate", "GB/s", "TFLOP/s"], rows)
 
 
 # ------------------------------------------------------------------------------- the command line

@@ -1385,6 +1385,74 @@ def test_a_run_that_falls_apart_says_so_once(tmp_path, capsys):
     assert "opd, step 0: over half" in printed
 
 
+def test_weights_that_overflow_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path, capsys,
+                                                                              monkeypatch):
+    flags = [*TINY, "--out", str(tmp_path), "--method", "caopd", "--save-every", "2"]
+    step, calls, checkpoint = AdamW.step, [], tmp_path / "caopd/checkpoint.safetensors"
+
+    def blown(self, *args):
+        norm = step(self, *args)
+        calls.append(checkpoint.read_bytes() if checkpoint.exists() else None)
+        if len(calls) == 9:  # the supervised stage has six, so it is step 2 of CaOPD
+            self.parameters["model.embed_tokens.weight"].data.fill_(math.inf)
+        return norm
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdamW, "step", blown)
+        assert caopd.main(flags) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(error) == 1
+    assert re.search(r"caopd, step 3: the logits after '.*=' are not finite; try .*--lr", error[0])
+    assert calls[8] == checkpoint.read_bytes()
+    assert caopd.main(flags) == 0 and "Going on from step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["base", "caopd"])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch, stage):
+    if stage == "base":
+        loss = caopd.cross_entropy
+        monkeypatch.setattr(caopd, "cross_entropy",
+                            lambda *args, **options: loss(*args, **options) * math.nan)
+    else:
+        monkeypatch.setitem(caopd.DIVERGENCES, "reverse",
+                            lambda *logits: caopd.kl(*logits) * math.nan)
+    assert caopd.main([*TINY, "--out", str(tmp_path), "--method", "caopd"]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {stage}, step 0: the loss is nan and its gradient has norm nan; try" in error
+    assert not (tmp_path / stage / "checkpoint.safetensors").exists()
+
+
+def test_a_stated_confidence_without_finite_logits_is_no_figure(world, monkeypatch):
+    _, tokenizer, task, student, _ = world
+    broken, seven = copy.deepcopy(student), tokenizer.encode("7")[0]
+    sampled = caopd.ask(student, tokenizer, task.held_out[:4], task.wording, 1, Sampling(12),
+                        torch.Generator().manual_seed(0), "x")
+    monkeypatch.setattr(caopd, "ask", lambda *_: sampled)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[seven] = math.nan
+    with pytest.raises(UsageError, match="x, evaluation: the logits after .* are not finite"):
+        caopd.evaluate(broken, tokenizer, task.held_out[:4], task.wording, Sampling(12), 0, name="x")
+
+
+@pytest.mark.parametrize("said, right, collapsed", [
+    ((0.5, 0.5, 0.5, 0.5), (1, 1, 0, 0), True), ((0.5, 0.5, 0.4, 0.4), (1, 1, 0, 0), False),
+    ((0.5, 0.5, 0.5, 0.5), (1, 0, 0, 1), False), ((None, None, None, None), (1, 1, 0, 0), False)])
+def test_one_confidence_for_all_is_a_collapse_where_success_differs(said, right, collapsed):
+    example = data.Example("arithmetic", "1+1=", "2")
+    rollouts = [Rollout([END], "", False, bool(r), c) for c, r in zip(said, right)]
+    groups = [Group(example, [2], rollouts[:2]), Group(example, [2], rollouts[2:])]
+    share = caopd.summarize(groups, [], np.zeros(2))["collapse"]
+    assert caopd.TROUBLE["collapse"][0](share) == collapsed
+
+
+@pytest.mark.parametrize("lr, still", [("1e-30", True), ("1e-4", False)])
+def test_updates_that_never_move_a_weight_are_told_once(tmp_path, capsys, lr, still):
+    assert caopd.main([*TINY, "--out", str(tmp_path), "--method", "caopd", "--lr", lr,
+                       "--steps", "7"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("caopd, step 4: no update has moved a weight so far; raise --lr") == still
+
+
 def test_a_checkpoint_of_other_settings_is_not_taken(tmp_path):
     args = dataclasses.replace(parse_args([*TINY, "--out", str(tmp_path)]), dtype="float32")
     task = data.arithmetic_task(0, 4, words=False)
@@ -1838,6 +1906,17 @@ def test_bfloat16_is_picked_only_where_the_gpu_multiplies_it(monkeypatch, native
                         lambda including_emulation=True: native or including_emulation)
     chosen = caopd.pick_dtype(parse_args(["--model", "m"]), torch.device("cuda:0"))
     assert chosen == ("bfloat16" if native else "float32")
+
+
+def test_the_estimate_counts_what_evaluation_samples(monkeypatch):
+    """By hand: logits of all answers to the only question, and its keys and values."""
+    monkeypatch.setattr(caopd, "LOGITS_AT_ONCE", 2 ** 8)
+    args = dataclasses.replace(parse_args(TINY), dtype="float32", eval_questions=1, prompts=1)
+    config = Config("qwen3", 1000, 16, 24, 1, 4, 2, 4, tie_word_embeddings=True)
+    needed = [sum(caopd.memory_needed(config, [20], dataclasses.replace(args, oracle=n)).values())
+              for n in (10_000, 20_000)]
+    logits, cached = 10_000 * 1000 * (4 + 4 + 8 + 8), 10_000 * args.max_new_tokens * 2 * 4 * 2 * 4
+    assert needed[1] - needed[0] == pytest.approx(logits + cached)
 
 
 # ----------------------------------------------------------------------------- what is refused

@@ -411,6 +411,24 @@ def test_nothing_keeps_a_cache_alive_after_sampling(monkeypatch):
         gc.enable()
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is Linux's")
+def test_memory_is_flat_over_fifty_calls():
+    def resident() -> int:
+        return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+
+    model, prompt = tiny(head_dim=64), [1] * 1000
+    cache = 2 * 2 * 2 * 64 * 4 * len(prompt)  # bytes: keys and values, layers, heads, sizes
+    gc.disable()
+    try:
+        for call in range(50):
+            if call == 10:
+                before = resident()
+            generate(model, [prompt], 4, num_samples=4)
+        assert resident() - before < 8 * cache
+    finally:
+        gc.enable()
+
+
 class OnGPU(Decoder):
     """A decoder that believes it has a stream, so that it asks for CUDA graphs."""
 
