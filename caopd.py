@@ -550,8 +550,8 @@ def finite_logits(where: str, tokenizer: Tokenizer) -> Iterator[None]:
         raise UsageError(f"{where}: the logits after {text!r} are not finite; {REMEDY}") from None
 
 
-REMEDY = ("try a lower learning rate (--lr, --sft-lr), a lower --clip or --dtype float32, or another "
-          "--model; the last checkpoint is as it was")
+REMEDY = ("try a lower learning rate (--lr, --sft-lr), a lower --clip or --dtype float32, or "
+          "another --model; the last checkpoint is as it was")
 
 
 def choose_losses(method: Method, args: "Args") -> tuple[TokenLoss, TokenLoss]:
@@ -738,8 +738,8 @@ TROUBLE = {  # figure of a step: when something is wrong, and what to try
                "learned the format (--sft-steps)"),
     "collapse": (lambda share: share > 0.95, "nearly all completions state one and the same "
                  "confidence, though some questions go better than others; OPD ends there, and "
-                 "CaOPD does where its teacher no longer reports what it is told (--teacher-rate 0, "
-                 "--method caopd-direct)"),
+                 "CaOPD does where its teacher no longer reports what it is told "
+                 "(--teacher-rate 0, --method caopd-direct)"),
     "moved": (lambda share: share == 0, "no update has moved a weight so far; raise --lr, or give "
               "the method something to learn from (GRPO needs rollouts that differ, --context "
               "solution a correct one)"),
@@ -808,8 +808,8 @@ class Stage:
         with self.metrics.open("a") as file:
             file.write(to_json(row) + "\n")
         if not math.isfinite(row["loss"] + row["grad_norm"]):
-            raise UsageError(f"{self.name}, step {step}: the loss is {row['loss']} and its gradient "
-                             f"has norm {row['grad_norm']}; {REMEDY}")
+            raise UsageError(f"{self.name}, step {step}: the loss is {row['loss']} and its "
+                             f"gradient has norm {row['grad_norm']}; {REMEDY}")
         shown = {"accuracy": "accuracy", "confidence": "says", "loss": "loss"}
         self.bar.set_postfix_str(", ".join(f"{word} {row[key]:.2f}" for key, word in shown.items()
                                            if key in row))
@@ -1784,9 +1784,9 @@ def serve(argv: list[str] | None) -> int:
         print("caopd.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print("caopd.py: error: the GPU has run out of memory; --recompute and --teacher-device cpu "
-              "go on from the last checkpoint with less of it, and so do from the start a lower "
-              "--micro-tokens and --dtype bfloat16 --rounding stochastic", file=sys.stderr)
+        print("caopd.py: error: the GPU has run out of memory; --recompute and --teacher-device "
+              "cpu go on from the last checkpoint with less of it, and so do, from the start, a "
+              "lower --micro-tokens and --dtype bfloat16 --rounding stochastic", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)

@@ -1431,7 +1431,8 @@ def test_a_stated_confidence_without_finite_logits_is_no_figure(world, monkeypat
     with torch.no_grad():
         broken.model.embed_tokens.weight[seven] = math.nan
     with pytest.raises(UsageError, match="x, evaluation: the logits after .* are not finite"):
-        caopd.evaluate(broken, tokenizer, task.held_out[:4], task.wording, Sampling(12), 0, name="x")
+        caopd.evaluate(broken, tokenizer, task.held_out[:4], task.wording, Sampling(12), 0,
+                       name="x")
 
 
 @pytest.mark.parametrize("said, right, collapsed", [

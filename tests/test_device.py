@@ -1,9 +1,13 @@
-"""The code on tensors of a pretended second device: what would mix devices on a GPU, or meet its slow
-attention kernel, fails here on any machine, and the results are the CPU's."""
+"""The code on tensors of a pretended second device: what would mix devices on a GPU, or meet its
+slow attention kernel, fails here on any machine, and the results are the CPU's. tests/gpu.py, in
+small, is tried here too."""
 
+import argparse
 import copy
+import json
 from collections.abc import Iterator
 
+import gpu as gpu_script
 import pytest
 import torch
 from test_model import FakeGraph
@@ -57,8 +61,6 @@ def operate(operation, args: tuple, kwargs: dict):
         host = isinstance(x, Tensor) and not isinstance(x, OnGPU)
         if host and x.dim() > 0 and operation not in COPIES:
             raise Refused(f"{operation}: a tensor of the host among those of the GPU")
-        if isinstance(x, torch.Generator) and x not in Pretended.generators:
-            raise Refused(f"{operation}: a generator of the host for a tensor of the GPU")
     known = {id(x.held): x for x in inputs if isinstance(x, OnGPU)}
     stays = str(kwargs.get("device") or GPU) != "cpu"
     if "device" in kwargs:
@@ -80,10 +82,17 @@ def sent(x: Tensor) -> OnGPU:
     return OnGPU(x.detach())
 
 
+class DeviceGenerator(torch.Generator):
+    """A generator of the host that knows for which device it was asked."""
+
+    def __new__(cls, device: torch.device | str):
+        made = super().__new__(cls)
+        made.place = str(device)
+        return made
+
+
 class Pretended(TorchFunctionMode):
     """Serves `device=` on this device."""
-
-    generators = set()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
@@ -94,14 +103,15 @@ class Pretended(TorchFunctionMode):
             args = args[0], *(x if isinstance(x, Tensor) else sent(torch.tensor(x))
                               for x in args[1:])
         inputs = tree_leaves((args, kwargs))
+        here = any(isinstance(x, OnGPU) for x in inputs)
         device = next((x for x in inputs if isinstance(x, torch.device)), None)
-        if name == "to" and device == GPU and isinstance(args[0], OnGPU):
+        generator, place = kwargs.get("generator"), GPU if device is None and here else device
+        if generator is not None and generator.place != str(place):
+            raise Refused(f"{name}: a generator of {generator.place} for a tensor of {place}")
+        if name == "to" and device == GPU and here:
             return args[0]
-        if device is None or any(isinstance(x, OnGPU) for x in inputs):
+        if device is None or here:
             return function(*args, **kwargs)
-        generator = kwargs.get("generator")
-        if generator is not None and (generator in self.generators) != (device == GPU):
-            raise Refused(f"{name}: a generator of another device than {device}")
         args, kwargs = tree_map(lambda x: torch.device("cpu") if x is device else x, (args, kwargs))
         out = function(*args, **kwargs)
         return sent(out) if device == GPU else out
@@ -122,20 +132,12 @@ def fused_attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
 @pytest.fixture
 def gpu(monkeypatch) -> Iterator[None]:
     """Inside, device="cuda:0" works, with generators and (imitated) CUDA graphs of its own."""
-    def seeded(seed: int, stage: str, step: int, device: torch.device) -> torch.Generator:
-        made = on_host(seed, stage, step, torch.device("cpu"))
-        if device == GPU:
-            Pretended.generators.add(made)
-        return made
-
-    on_host = caopd.seeded
-    monkeypatch.setattr(caopd, "seeded", seeded)
+    monkeypatch.setattr(torch, "Generator", DeviceGenerator)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "side stream")
     monkeypatch.setattr("model.RecordedStep", FakeGraph)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused_attention)
     with Pretended():
         yield
-    Pretended.generators.clear()
 
 
 def on_gpu(network: Transformer) -> Transformer:
@@ -215,6 +217,28 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses(gpu, work):
     host = torch.arange(3.0)
     x = host.to(GPU)
     assert x.device == GPU and (x * 2 + 1).tolist() == [1, 3, 5] and x.cpu().device.type == "cpu"
-    assert torch.rand(3, device=GPU, generator=caopd.seeded(0, "x", 0, GPU)).device == GPU
+    assert torch.rand(3, device=GPU, generator=torch.Generator(GPU)).device == GPU
     with pytest.raises(Refused):
         work(x, host, torch.Generator("cpu"))
+
+
+# ------------------------------------------------------------------------------------ tests/gpu.py
+
+FLAGS = argparse.Namespace(device="cpu", model="")
+
+
+@pytest.mark.parametrize("part", ["gradients", "bfloat16", "rounding"])
+def test_parts_of_the_gpu_script_work_in_small(part):
+    result = gpu_script.outcome(part, FLAGS)
+    assert result["status"] == "ok" and result["figures"], result["reason"]
+
+
+def test_a_part_of_the_gpu_script_that_fails_hides_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(caopd, "round_stochastically", lambda x, generator: torch.zeros_like(x))
+    monkeypatch.setattr(gpu_script, "apart", gpu_script.outcome)
+    report = tmp_path / "gpu.json"
+    assert gpu_script.main(["--device", "cpu", "--json", str(report),
+                            "--parts", "rounding,8B,gradients"]) == 1
+    parts = json.loads(report.read_text())["parts"]
+    assert [part["status"] for part in parts] == ["failed", "left out", "ok"]
+    assert "values go to their neighbours" in capsys.readouterr().out
