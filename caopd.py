@@ -32,9 +32,10 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import repeat
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
@@ -492,7 +493,8 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
     sampling = rollout_sampling(args)
     teacher = make_teacher(student, args.teacher_device) if method.teacher else None
     optimizer = AdamW(student, args.weight_decay, args.clip)
-    stage = Stage(name, out, settings(args, name, task), optimizer, teacher, args.save_every)
+    stage = Stage(name, out, settings(args, name, task), optimizer, teacher, args.save_every,
+                  args.track)
 
     for step in stage.steps(args.steps):
         generator = seeded(args.seed, "rollout", step, student.device)
@@ -536,7 +538,7 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         row = summarize(groups, targets, sums[:2] / num_tokens)
         if teacher is not None and method.confidence is not None:
             row["copied"] = sums[2] / max(1, on_confidence)
-        stage.log(step, row | {"lr": lr, "grad_norm": grad_norm})
+        stage.log(step, row | {"lr": lr, "grad_norm": grad_norm}, pick_samples(groups, step))
         stage.save_if_due(step)
 
 
@@ -581,6 +583,16 @@ def summarize(groups: list[Group], targets: list[Target], loss: np.ndarray) -> d
         "collapse": Counter(stated).most_common(1)[0][1] / len(stated) if uneven else math.nan,
         "truncated": fmean(rollout.truncated for rollout in rollouts),
         "left_out": len(rollouts) - sum(sum(target.counts) for target in targets)}
+
+
+def pick_samples(groups: list[Group], step: int, count: int = 4) -> list[dict]:
+    """About `count` rollouts of a step for samples.jsonl, from other places of the batch each step.
+    """
+    stride = max(1, len(groups) // count)
+    return [{"question": group.example.question, "answer": data.answer_part(rollout.text).strip(),
+             "confidence": rollout.confidence, "mu_hat": mu_hat(group)[0],
+             "correct": rollout.correct}
+            for group in groups[step % stride::stride] for rollout in group.rollouts[:1]]
 
 
 # ---------------------------------------------------------------- AdamW, schedules and the teacher
@@ -706,7 +718,8 @@ def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: "Args"
               out: Path) -> None:
     """Cross-entropy on written completions (`data.documents`). Trains `model` in place."""
     optimizer = AdamW(model, 0.0, args.clip)
-    stage = Stage("base", out, settings(args, "base", task), optimizer, None, 10 * args.save_every)
+    stage = Stage("base", out, settings(args, "base", task), optimizer, None, 10 * args.save_every,
+                  args.track)
     for step in stage.steps(args.sft_steps):
         documents = data.documents(task, args.sft_documents, step, args.sft_steps, args.sft_answers,
                                    args.sft_noise, args.seed)
@@ -760,10 +773,13 @@ class Progress:
 
 @dataclass
 class Logged:
-    """What a line of metrics.jsonl has in every stage."""
+    """What a line of metrics.jsonl and of samples.jsonl has."""
 
     stage: str
     step: int = within(0, 2 ** 63)
+
+
+LOOK_EVERY = 120  # seconds between the samples that are shown
 
 
 class Stage:
@@ -774,10 +790,15 @@ class Stage:
     """
 
     def __init__(self, name: str, out: Path, settings: dict, optimizer: AdamW,
-                 teacher: Transformer | None, save_every: int):
+                 teacher: Transformer | None, save_every: int, track: str = ""):
         self.name, self.settings, self.save_every = name, settings, save_every
-        self.path, self.metrics = out / name / "checkpoint.safetensors", out / "metrics.jsonl"
+        self.path = out / name / "checkpoint.safetensors"
+        self.metrics, self.samples = out / "metrics.jsonl", out / "samples.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.tracker, self.next_look = None, 0.0
+        if track:
+            from share import Tracker
+            self.tracker = Tracker(track, name, out, settings)
         self.tensors = optimizer.tensors()
         if teacher is not None:
             pairs = zip(optimizer.parameters, teacher.parameters())  # offloading renames layers
@@ -796,20 +817,31 @@ class Stage:
         self.bar = tqdm(range(self.start, total), initial=self.start, total=total,
                         desc=f"{self.name:>6}", unit="step", dynamic_ncols=True)
         yield from self.bar
+        if self.tracker:
+            self.tracker.finish()
 
-    def log(self, step: int, row: dict) -> None:
-        """Appends a line to metrics.jsonl, shows its main figures, says once what is wrong.
+    def log(self, step: int, row: dict, samples: Sequence[dict] = ()) -> None:
+        """Appends a line to metrics.jsonl and one a sample to samples.jsonl, shows the main figures
+        and now and then the samples, says once what is wrong.
 
         Raises UsageError for a loss or a gradient that is not finite.
         """
         now = time.perf_counter()
-        row = {"stage": self.name, "step": step} | row | {"seconds": now - self.began}
+        place, row = {"stage": self.name, "step": step}, row | {"seconds": now - self.began}
         self.began = now
-        with self.metrics.open("a") as file:
-            file.write(to_json(row) + "\n")
+        for path, rows in ((self.metrics, [row]), (self.samples, samples)):
+            with path.open("a") as file:
+                file.writelines(to_json(place | row) + "\n" for row in rows)
         if not math.isfinite(row["loss"] + row["grad_norm"]):
             raise UsageError(f"{self.name}, step {step}: the loss is {row['loss']} and its "
                              f"gradient has norm {row['grad_norm']}; {REMEDY}")
+        if now < self.next_look and step + 1 < self.total:
+            samples = ()
+        else:
+            self.next_look = now + LOOK_EVERY
+            self.show(step, samples)
+        if self.tracker:
+            self.tracker.log(step, row, samples)
         shown = {"accuracy": "accuracy", "confidence": "says", "loss": "loss"}
         self.bar.set_postfix_str(", ".join(f"{word} {row[key]:.2f}" for key, word in shown.items()
                                            if key in row))
@@ -819,6 +851,14 @@ class Stage:
             if key in row and key not in self.warned and wrong(row[key]):
                 self.warned.add(key)
                 tqdm.write(f"{self.name}, step {step}: {words}.")
+
+    def show(self, step: int, samples: Sequence[dict]) -> None:
+        """Prints samples, so that a run which learns nonsense is seen at once."""
+        for sample in samples:
+            question, answer = (" ".join(sample[key].split()) for key in ("question", "answer"))
+            says = "nothing" if sample["confidence"] is None else f"{sample['confidence']:.2f}"
+            tqdm.write(f"{self.name}, step {step}:  {question[-32:]} {answer[-32:]}  says {says}, "
+                       f"mu_hat {sample['mu_hat']:.2f}, {'right' if sample['correct'] else 'wrong'}")
 
     def save_if_due(self, step: int) -> None:
         if (step + 1) % self.save_every and step + 1 < self.total:
@@ -854,15 +894,16 @@ class Stage:
         return progress.step
 
     def drop_rows_from(self, step: int) -> None:
-        """Takes this stage's rows from `step` on out of metrics.jsonl: they are made again."""
-        kept = []
-        for number, line in enumerate(read_text(self.metrics, absent="").splitlines(True), 1):
-            if line.endswith("\n"):  # unless the run was killed while it wrote this last line
-                where = f"{self.metrics}, line {number}"
-                row = from_json(Logged, parse_json(line, where), where)
-                if row.stage != self.name or row.step < step:
-                    kept.append(line)
-        write_text(self.metrics, "".join(kept))
+        """Takes this stage's rows from `step` on out of both logs: they are made again."""
+        for path in (self.metrics, self.samples):
+            kept = []
+            for number, line in enumerate(read_text(path, absent="").splitlines(True), 1):
+                if line.endswith("\n"):  # unless the run was killed while it wrote this last line
+                    where = f"{path}, line {number}"
+                    row = from_json(Logged, parse_json(line, where), where)
+                    if row.stage != self.name or row.step < step:
+                        kept.append(line)
+            write_text(path, "".join(kept))
 
 
 def to_json(value, indent: int | None = None) -> str:
@@ -1171,6 +1212,9 @@ RUN, DISTILL, SAMPLE, BASE, TOY, EVAL, HARDWARE = (
 ALL, METHOD, NOTHING = "all", "method", "nothing"
 
 
+TRACKERS = "wandb", "trackio", "tensorboard"
+
+
 def flag(group: str, decides: str, default, help: str, choices: tuple | None = None):
     return dataclasses.field(default=default, metadata={"group": group, "decides": decides,
                                                         "help": help, "choices": choices})
@@ -1198,6 +1242,8 @@ class Args:
     seed: int = flag(RUN, ALL, 0, "seed of everything random")
     explain: list = flag(RUN, NOTHING, None, "follow a question, such as 47*8, or one of the "
                          "held-out ones, through Algorithm 1; nothing is trained")
+    track: str = flag(RUN, NOTHING, "", "also send figures and samples to one of these, which has "
+                      "to be installed", TRACKERS)
     ask: list = flag(RUN, NOTHING, None, "ask the models in --out these questions, or those of "
                      "standard input; nothing is trained")
 
@@ -1375,6 +1421,8 @@ def check(args: Args) -> None:
                          "known to be correct")
     if any(method.reference for method in methods) and args.teacher_device == "cpu":
         raise UsageError("--method caopd-sc samples from the teacher: leave out --teacher-device")
+    if args.track and find_spec(args.track) is None:
+        raise UsageError(f"--track {args.track}: it is not installed; pip install {args.track}")
     graded = args.task == "arithmetic" or bool(args.train) or args.ask is not None
     if bool(args.train) != bool(args.eval) or not graded:
         raise UsageError(f"--task {args.task} needs both --train FILE.jsonl and --eval FILE.jsonl, "
@@ -1677,6 +1725,7 @@ def make_base(origin: Path | None, config: Config, tokenizer: Tokenizer, task: T
 def make_results(start: Path, config: Config, tokenizer: Tokenizer, task: Task, args: Args,
                  device: torch.device, out: Path) -> dict:
     """Trains every method from the base model in `start`; the figures of it and of each."""
+    from share import model_card  # here, since share.py imports this file
     results, sampling = {}, replace(rollout_sampling(args), temperature=args.eval_temperature,
                                     top_p=args.eval_top_p)
     for name in ("base", *args.method.split(",")):
@@ -1692,6 +1741,10 @@ def make_results(start: Path, config: Config, tokenizer: Tokenizer, task: Task, 
         results[name] = trained | evaluate(
             model, tokenizer, task.held_out, task.wording, sampling, args.seed, args.eval_samples,
             args.oracle, args.paper_samples, name)
+        directory = start if name == "base" else out / name
+        if directory.parent == out:  # a base that was not made here has its own card
+            card = model_card(name, results, settings(args, name, task), args)
+            write_text(directory / "README.md", card)
         del model  # one student and one teacher at a time
     return results
 
@@ -1714,7 +1767,7 @@ def print_tables(results: dict, args: Args, out: Path) -> None:
     if args.paper_samples:
         print(f"\nAs the paper evaluates, temperature 0.6 and top-p 0.95, {args.paper_samples} "
               f"answers a question:\n{table({n: row['paper'] for n, row in results.items()})}")
-    print(f"\nEverything is in {out} (results.json, metrics.jsonl, the models).")
+    print(f"\nEverything is in {out} (results.json, metrics.jsonl, samples.jsonl, the models).")
     if others := [name for name in METHODS if name not in results and (out / name).is_dir()]:
         print(f"Also there, from other commands and not in these results: {', '.join(others)}.")
 
@@ -1736,7 +1789,7 @@ def run(args: Args) -> dict:
     if origin:  # other weights under the same name make another run
         task = replace(task, fingerprint=data.checksum([task.fingerprint, fingerprint(origin)]))
     asked = [dataclasses.astuple(example) for example in task.held_out]
-    identity = {"settings": dataclasses.asdict(replace(args, overwrite=False)),
+    identity = {"settings": dataclasses.asdict(replace(args, overwrite=False, track="")),
                 "inputs": data.checksum([task.fingerprint, asked])}
     results = None if args.overwrite else finished(out, identity)
     if results:

@@ -1234,6 +1234,30 @@ def test_the_methods_share_their_base_and_their_first_rollouts(small_run):
     assert by_name["caopd"]["loss_confidence"] != by_name["caopd-direct"]["loss_confidence"]
 
 
+def test_samples_are_kept_from_every_place_of_the_batch(small_run):
+    rows = [json.loads(line) for line in (small_run / "samples.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in rows} == set(METHODS)
+    assert len(rows) == len(METHODS) * 3 * 4  # 3 steps of 8 prompts, a sample of every second one
+    for row in rows:
+        assert list(row) == ["stage", "step", "question", "answer", "confidence", "mu_hat",
+                             "correct"]
+        example = data.typed_question(row["question"], words=False)
+        assert row["correct"] == data.verify(example, row["answer"])
+        assert row["mu_hat"] in (0, 0.25, 0.5, 0.75, 1) and row["mu_hat"] >= row["correct"] / 4
+    groups = [Group(data.Example("arithmetic", str(i), ""), [], outcome(1, 0).rollouts)
+              for i in range(16)]
+    picked = [[int(row["question"]) for row in caopd.pick_samples(groups, step)]
+              for step in range(5)]
+    assert picked == [[0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15], [0, 4, 8, 12]]
+
+
+def test_samples_are_shown_at_the_first_step_and_at_the_last(tmp_path, capsys):
+    run(tmp_path, "--method", "opd")
+    shown = re.findall(r"^opd, step (\d): .* says .*, mu_hat \d.\d\d, (?:right|wrong)$",
+                       capsys.readouterr().out, re.MULTILINE)
+    assert shown == ["0"] * 4 + ["3"] * 4
+
+
 def test_what_results_json_holds(small_run):
     results = json.loads((small_run / "results.json").read_text())
     assert list(results) == ["base", *METHODS, "settings", "inputs", "seconds"]
@@ -1334,8 +1358,9 @@ def crash(out: Path, update: int, *flags: str) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(AdamW, "step", step)
         run(out, *CUT, *flags)
-    with (out / "metrics.jsonl").open("a") as log:
-        log.write('{"stage": "op')  # a line that was being written
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with (out / name).open("a") as log:
+            log.write('{"stage": "op')  # a line that was being written
 
 
 def assert_same_outcome(out: Path, results: dict, whole: Path, expected: dict) -> None:
@@ -1347,6 +1372,8 @@ def assert_same_outcome(out: Path, results: dict, whole: Path, expected: dict) -
         assert all(torch.equal(a, b) for a, b in pairs), name
     steps = [[(row["stage"], row["step"], row["loss"]) for row in metrics(d)] for d in (whole, out)]
     assert steps[0] == steps[1]
+    samples = [(directory / "samples.jsonl").read_bytes() for directory in (whole, out)]
+    assert samples[0] == samples[1] and samples[0].count(b"\n") >= 8
 
 
 # A run makes 6 updates of the base and 4 of each method.
