@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from caopd import METHODS, replaced_token, title
@@ -25,8 +27,8 @@ PANELS = {  # key of metrics.jsonl: the panel's title, and its vertical axis
     "accuracy": ("accuracy", "share of rollouts"),
     "confidence": ("stated confidence", "mean over rollouts"),
     "overconfidence": ("stated confidence − accuracy", "mean over rollouts"),
-    "loss_answer": ("loss on the answer, I_a", "nats a token of the step"),
-    "loss_confidence": ("loss on the confidence, I_c", "nats a token of the step"),
+    "loss_answer": ("loss on the answer, $I_a$", "nats a token of the step"),
+    "loss_confidence": ("loss on the confidence, $I_c$", "nats a token of the step"),
     "format": ("a confidence can be read", "share of rollouts")}
 SHARES = "accuracy", "confidence", "format"
 KEPT = "accuracy", "confidence", "format", "loss_answer", "loss_confidence"
@@ -100,10 +102,11 @@ def draw_panel(axes, files: list[dict], names: list[str], key: str) -> None:
             means = [fmean(v) for v in values]
             axes.fill_between(updates, [min(v) for v in values], [max(v) for v in values],
                               color=color, alpha=0.15, lw=0)
-            axes.plot(updates, means, color=color, lw=1.6)
+            axes.plot(updates, np.array(means), color=color, lw=1.6)
             ends[name] = (updates[-1], means[-1], color)
     low, high = axes.get_ylim()
-    low, high = (0, 1.03) if key in SHARES else (min(low, 0), high)
+    negative = any(line.get_ydata().min() < 0 for line in axes.lines)
+    low, high = (0, 1.03) if key in SHARES else (low if negative else 0, high)
     axes.set(ylim=(low, high), xlim=(0, None), xlabel="update", ylabel=PANELS[key][1])
     places = spread_apart([y for _, y, _ in ends.values()], 0.09 * (high - low), high) \
         if ends else []
