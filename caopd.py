@@ -858,7 +858,7 @@ class Stage:
             question, answer = (" ".join(sample[key].split()) for key in ("question", "answer"))
             says = "nothing" if sample["confidence"] is None else f"{sample['confidence']:.2f}"
             tqdm.write(f"{self.name}, step {step}:  {question[-32:]} {answer[-32:]}  says {says}, "
-                       f"mu_hat {sample['mu_hat']:.2f}, {'right' if sample['correct'] else 'wrong'}")
+                       f"mu_hat {sample['mu_hat']:.2f}, {'right' * sample['correct'] or 'wrong'}")
 
     def save_if_due(self, step: int) -> None:
         if (step + 1) % self.save_every and step + 1 < self.total:

@@ -317,36 +317,31 @@ def changes(was: str, now: str) -> str:
 
 def loss_table(name: str, target: Target, student: Transformer, trained: Transformer | None,
                tokenizer: Tokenizer, args: Args) -> str:
-    """A line a token of ỹ. The trained model is scored with the same teacher, as it was at first.
-    """
-    method, losses = METHODS[name], choose_losses(METHODS[name], args)
+    """A line a token of ỹ: what each model holds for the likeliest there, and the term of Eq. 7."""
+    losses = choose_losses(METHODS[name], args)
     ids, n = target.completions[0], target.answer_lengths[0]
     in_answer, in_confidence = (mask.bool() for mask in loss_masks([target], args.skip_tokens))
-    teacher_logits = None
-    if method.teacher:
+    logits, teacher_logits = next_token_logits(student, target.prompt, ids), None
+    columns = [["", *("I_a" if t < n else "I_c" for t in range(len(ids)))],
+               ["token", *(shorten(spelled(tokenizer, [i]), 13) for i in ids)],
+               ["student", *likeliest(tokenizer, logits)]]
+    if METHODS[name].teacher:
         teacher_logits = next_token_logits(student, target.teacher_prompt, ids)
-    columns = [["", *("I_a" if t < n else "I_c" for t in range(len(ids))), "", ""],
-               ["token", *(shorten(spelled(tokenizer, [i]), 13) for i in ids),
-                "sum over I_a", "sum over I_c"]]
-    for who, model in (("student", student), ("trained", trained)):
-        if model is None:
-            continue
-        logits = next_token_logits(model, target.prompt, ids)
-        loss = token_losses(logits, teacher_logits, target, losses)
-        columns.append([who, *likeliest(tokenizer, logits), "", ""])
-        if method.teacher and model is student:
-            columns.append(["teacher", *likeliest(tokenizer, teacher_logits), "", ""])
-        columns.append(["   loss", *(f"{x:7.3f}" if counted else f"{'–':>7}"
-                                     for x, counted in zip(loss, in_answer | in_confidence)),
-                        *(f"{loss[part].sum():7.3f}" for part in (in_answer, in_confidence))])
+        columns.append(["teacher", *likeliest(tokenizer, teacher_logits)])
+    loss = token_losses(logits, teacher_logits, target, losses)
+    columns.append(["   loss", *(f"{x:7.3f}" if counted else f"{'–':>7}"
+                                 for x, counted in zip(loss, in_answer | in_confidence))])
+    if trained is not None:
+        columns.append(["after training", *likeliest(tokenizer, next_token_logits(
+            trained, target.prompt, ids))])
     widths = [max(map(len, column)) for column in columns]
     heading, *rows = ("   " + "  ".join(map(str.ljust, row, widths)).rstrip()
                       for row in zip(*columns))
     if n > 2 * ROWS + 1:
         rows[ROWS:n - ROWS] = [f"   ... {n - 2 * ROWS} more tokens of I_a"]
-    on_answer, on_confidence = (loss.__name__ for loss in losses)
-    return "\n".join([f"   {title(name)}: {on_answer} on I_a, {on_confidence} on I_c",
-                      heading, *rows])
+    sums = (f"{function.__name__} on {part} {loss[mask].sum():.3f}" for function, part, mask in
+            zip(losses, ("I_a", "I_c"), (in_answer, in_confidence)))
+    return "\n".join([f"   {title(name)}: {', '.join(sums)}", heading, *rows])
 
 
 def next_token_logits(model: Transformer, prompt: list[int], completion: list[int]) -> Tensor:

@@ -94,19 +94,21 @@ def test_a_question_is_followed_through_the_algorithm(out, capsys):
     assert f"Confidence: [1.00 → {share:.2f}]<|assistant|>" in text  # z̃, and z is as it was
     assert "<|user|>3+4=⏎7⏎Confidence: 1.00<|assistant|>" in text
     assert all(len(line) <= 100 for line in text.splitlines())
-    for table in text.split("on I_c\n")[1:]:
-        heading, *rows = table.split("\n\n")[0].splitlines()
-        assert heading.split() == ["token", "student", "teacher", "loss", "trained", "loss"]
-        shown = [float(row.split()[-1]) for row in rows[:-2]]
-        sums = [float(row.split()[-1]) for row in rows[-2:]]
-        assert sum(shown) == pytest.approx(sum(sums), abs=0.01) and len(shown) > 4
+    tables = re.findall(r"kl on I_a ([\d.]+), kl on I_c ([\d.]+)\n(.*?)\n\n", text, re.DOTALL)
+    assert len(tables) == 2
+    for on_answer, on_confidence, table in tables:
+        heading, *rows = table.splitlines()
+        assert heading.split() == ["token", "student", "teacher", "loss", "after", "training"]
+        for part, total in (("I_a", on_answer), ("I_c", on_confidence)):
+            terms = [float(row.split()[6]) for row in rows if row.split()[0] == part]
+            assert sum(terms) == pytest.approx(float(total), abs=0.01) and terms
 
 
 def test_a_held_out_question_is_found_and_a_model_explained_alone(out, capsys):
     text = printed(capsys, *TINY, "--out", out / "none", "--model", out / "caopd",
                    "--method", "grpo,caopd-sc", "--explain")
     assert "completions y = (a, c) of CaOPD, verified" in text
-    assert "policy_gradient on I_a" in text and "trained" not in text
+    assert "policy_gradient on I_a" in text and "after training" not in text
     assert printed(capsys, *TINY, "--out", out, "--explain", "1+1", "2+2").count("2. Emp") == 2
 
 
