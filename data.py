@@ -490,6 +490,9 @@ def read_backend(directory: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the tokenizers library raises nothing more specific
         raise DataError(f"{path}: not a readable tokenizer ({error})") from None
+    ids = backend.get_vocab().values()
+    if len(set(ids)) < len(ids):
+        raise DataError(f"{path}: two tokens have the same id")
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -519,7 +522,7 @@ def strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-LONGEST = 10 ** 7  # characters that a template may write, or have in one value
+LONGEST = 10 ** 6  # characters that a template may write, or have in one value
 FUEL = 10 ** 5  # what it may do: calls, turns of loops, outputs and assignments
 WIDE = re.compile(r"[%{][^a-zA-Z%{}]*(\d{5}|\*)")  # a format that asks for a great width
 
