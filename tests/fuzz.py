@@ -296,7 +296,7 @@ class Flags(Kind):
         caopd.seeded(args.seed, "rollout", 0, device)
         torch.manual_seed(args.seed)
         caopd.find_model(args.model if "/" not in args.model else "")  # never asks the hub
-        caopd.memory_needed(caopd.toy_model(args, self.tokenizer), 100, args)
+        caopd.memory_needed(caopd.toy_model(args, self.tokenizer), [100], args)
 
     def run(self, argv: list[str]) -> None:
         printed = io.StringIO()
