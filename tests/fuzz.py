@@ -60,7 +60,7 @@ class Kind:
     def keep_files(self) -> None:
         """The files that are there become the seeds."""
         self.seeds = {str(path.relative_to(self.directory)): path.read_bytes()
-                      for path in sorted(self.directory.rglob("*.*"))}
+                      for path in sorted(self.directory.rglob("*.*")) if path.stat().st_size}
 
     def case(self, rng: random.Random) -> tuple[str, Content]:
         name = rng.choice(list(self.seeds))
@@ -315,7 +315,7 @@ class Output(Kind):
         stage = self.stage()
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
             for step in stage.steps(3):
-                stage.log(step, {"loss": 0.5, "format": 1.0})
+                stage.log(step, {"loss": 0.5, "grad_norm": 1.0, "format": 1.0})
                 stage.save_if_due(step)
         self.keep_files()
 
