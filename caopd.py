@@ -493,8 +493,10 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
     sampling = rollout_sampling(args)
     teacher = make_teacher(student, args.teacher_device) if method.teacher else None
     optimizer = AdamW(student, args.weight_decay, args.clip)
-    stage = Stage(name, out, settings(args, name, task), optimizer, teacher, args.save_every,
-                  args.track)
+    tensors = optimizer.tensors()
+    if teacher is not None:
+        tensors |= {f"teacher.{key}": w for key, (w, _) in averages(teacher, student).items()}
+    stage = Stage(name, out, settings(args, name, task), tensors, args.save_every, args.track)
 
     for step in stage.steps(args.steps):
         generator = seeded(args.seed, "rollout", step, student.device)
@@ -607,10 +609,11 @@ class AdamW:
     """AdamW with gradient clipping. Moments are float32; a weight's gradient has its own dtype.
 
     Weight decay is for matrices alone: norms and biases have none, as in the reference trainers.
+    Weights without a gradient, such as those under an adapter, are left alone.
     """
 
     def __init__(self, model: Transformer, weight_decay: float, clip: float):
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: w for name, w in model.named_parameters() if w.requires_grad}
         self.weight_decay, self.clip = weight_decay, clip
         self.moments = {}
         for name, weight in self.parameters.items():
@@ -678,6 +681,12 @@ def warmup_stable_decay(step: int, steps: int) -> float:
     return min(1.0, 10 * (step + 1) / steps, (steps - step) / (0.3 * steps))
 
 
+def averages(teacher: Transformer, student: Transformer) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each weight that the student learns, by name: the teacher's average of it, and itself."""
+    pairs = zip(student.named_parameters(), teacher.parameters())  # offloading renames the latter
+    return {name: (average, weight) for (name, weight), average in pairs if weight.requires_grad}
+
+
 @torch.no_grad()
 def ema_update(teacher: Transformer, student: Transformer, rate: float,
                generator: torch.Generator) -> None:
@@ -691,8 +700,12 @@ def ema_update(teacher: Transformer, student: Transformer, rate: float,
 
 
 def make_teacher(student: Transformer, device: str) -> Transformer:
-    """A frozen copy of the student; device "cpu" offloads its layers to main memory."""
-    teacher = copy.deepcopy(student).requires_grad_(False)
+    """A frozen copy of the student, which shares the weights that the student does not learn.
+
+    device: "cpu" offloads its layers to main memory.
+    """
+    shared = {id(weight): weight for weight in student.parameters() if not weight.requires_grad}
+    teacher = copy.deepcopy(student, shared).requires_grad_(False)
     if device == "cpu":
         layers = teacher.model.layers
         teacher.model.layers = torch.nn.ModuleList(Offloaded(layer.cpu()) for layer in layers)
@@ -718,8 +731,8 @@ def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: "Args"
               out: Path) -> None:
     """Cross-entropy on written completions (`data.documents`). Trains `model` in place."""
     optimizer = AdamW(model, 0.0, args.clip)
-    stage = Stage("base", out, settings(args, "base", task), optimizer, None, 10 * args.save_every,
-                  args.track)
+    stage = Stage("base", out, settings(args, "base", task), optimizer.tensors(),
+                  10 * args.save_every, args.track)
     for step in stage.steps(args.sft_steps):
         documents = data.documents(task, args.sft_documents, step, args.sft_steps, args.sft_answers,
                                    args.sft_noise, args.seed)
@@ -758,7 +771,7 @@ TROUBLE = {  # figure of a step: when something is wrong, and what to try
               "solution a correct one)"),
     "truncated": (lambda share: share > 0.5, "over half of the completions are cut off; raise "
                   "--max-new-tokens"),
-    "copied": (lambda share: share < 0.5, "the teacher no longer states the confidence that it is "
+    "copied": (lambda share: share < 0.5, "the teacher does not state the confidence that it is "
                "shown, and what it teaches instead is its own; keep it as it was "
                "(--teacher-rate 0), or learn the value itself (--method caopd-direct)")}
 
@@ -789,8 +802,8 @@ class Stage:
     a step changes, under its parameter's name; it is complete or absent, and never unpickled.
     """
 
-    def __init__(self, name: str, out: Path, settings: dict, optimizer: AdamW,
-                 teacher: Transformer | None, save_every: int, track: str = ""):
+    def __init__(self, name: str, out: Path, settings: dict, tensors: dict[str, Tensor],
+                 save_every: int, track: str = ""):
         self.name, self.settings, self.save_every = name, settings, save_every
         self.path = out / name / "checkpoint.safetensors"
         self.metrics, self.samples = out / "metrics.jsonl", out / "samples.jsonl"
@@ -799,15 +812,11 @@ class Stage:
         if track:
             from share import Tracker
             self.tracker = Tracker(track, name, out, settings)
-        self.tensors = optimizer.tensors()
-        if teacher is not None:
-            pairs = zip(optimizer.parameters, teacher.parameters())  # offloading renames layers
-            self.tensors |= {f"teacher.{key}": weight for key, weight in pairs}
-        self.device = next(iter(optimizer.parameters.values())).device
+        self.tensors, self.device = tensors, next(iter(tensors.values())).device
         self.start, self.warned = self.resume(), set()
         # A row of the last layer's last matrix stands for all that an update should move.
-        self.watched = [weight[0] for name, weight in optimizer.parameters.items()
-                        if name.endswith("down_proj.weight")][-1].detach()
+        self.watched = [weight[0] for key, weight in tensors.items()
+                        if key.startswith("student.") and "down_proj" in key][-1].detach()
         self.at_start = self.watched.clone()
         self.drop_rows_from(self.start)
 
@@ -1116,8 +1125,9 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
 
 
 def oracle(mu: np.ndarray, correct: np.ndarray, samples: int) -> dict:
-    """What the best prompt-level confidence would score: c = μ(x), estimated from `samples` other
-    answers to each question.
+    """What the best prompt-level confidence, c = μ(x), would score.
+
+    μ(x) is estimated from `samples` other answers to each question.
 
     Brier is the floor E[μ(1 − μ)], unbiased, since E[μ̂(1 − μ̂)] = (1 − 1/N) μ(1 − μ). SPR and ECE
     are those of μ̂ itself, whose scatter can lower SPR and, by breaking ties, raise it: neither is a
@@ -1254,6 +1264,13 @@ class Args:
     lr: float = flag(DISTILL, METHOD, None, "AdamW's peak learning rate: warm-up, then cosine to 0")
     warmup: int = flag(DISTILL, METHOD, None, "steps of warm-up, at most a tenth of --steps")
     weight_decay: float = flag(DISTILL, METHOD, None, "AdamW's weight decay, of matrices")
+    lora_rank: int = flag(DISTILL, ALL, 0, "learn adapters of this rank (LoRA) on every linear "
+                          "layer of attention and MLP, and leave the model as it is; 0 learns all "
+                          "of it")
+    lora_alpha: float = flag(DISTILL, ALL, 0.0, "what an adapter adds is multiplied by alpha / "
+                             "rank (default: by 2)")
+    save_adapter: bool = flag(DISTILL, NOTHING, False, "also save the adapters alone, in PEFT's "
+                              "format, in METHOD/adapter")
     clip: float = flag(DISTILL, ALL, 1.0, "largest gradient norm")
     divergence: str = flag(DISTILL, METHOD, "reverse", "of the answer: KL(student||teacher) as in "
                            "Eq. 2, KL(teacher||student), or Jensen-Shannon", tuple(DIVERGENCES))
@@ -1391,14 +1408,14 @@ def check(args: Args) -> None:
             "sft_documents", "eval_questions", "eval_samples")
     require("between 0 and a million", lambda n: 0 <= n <= 10 ** 6, "oracle", "paper_samples")
     require("between 1 and 8192", lambda n: 1 <= n <= 8192, "width", "layers")
-    require("0 or more", lambda n: n >= 0, "sft_steps", "skip_tokens", "warmup")
+    require("0 or more", lambda n: n >= 0, "lora_rank", "sft_steps", "skip_tokens", "warmup")
     require("at least 2 samples a question, or 0", lambda n: n != 1, "oracle")
     require("over 0 and at most 1", lambda x: 0 < x <= 1, "lr", "sft_lr", "eval_top_p")
     require("a positive number", lambda x: 0 < x < math.inf, "clip")
     # Below it the quotient of logits and temperature may overflow.
     require("at least 0.001", lambda x: 1e-3 <= x < math.inf, "temperature")
     require("0, or at least 0.001", lambda x: x == 0 or 1e-3 <= x < math.inf, "eval_temperature")
-    require("a number, 0 or more", lambda x: 0 <= x < math.inf, "weight_decay")
+    require("a number, 0 or more", lambda x: 0 <= x < math.inf, "weight_decay", "lora_alpha")
     require("between 0 and 1", lambda x: 0 <= x <= 1, "teacher_rate", "sft_noise", "sft_answers")
     require("a multiple of 8 (the embedded world's transformer has 4 heads)", lambda n: n % 8 == 0,
             "width")
@@ -1419,6 +1436,11 @@ def check(args: Args) -> None:
     if any(method.reference for method in methods) and args.context != "demo":
         raise UsageError("--method caopd-sc needs --context demo: without a verifier no rollout is "
                          "known to be correct")
+    if args.save_adapter and not args.lora_rank:
+        raise UsageError("--save-adapter: there is none without --lora-rank")
+    if args.lora_rank and args.teacher_device == "cpu":
+        raise UsageError("--teacher-device cpu: with --lora-rank the teacher is the student's own "
+                         "model with adapters of its own, and takes next to no memory")
     if any(method.reference for method in methods) and args.teacher_device == "cpu":
         raise UsageError("--method caopd-sc samples from the teacher: leave out --teacher-device")
     if args.track and find_spec(args.track) is None:
@@ -1587,9 +1609,14 @@ def memory_needed(config: Config, prompts: list[int], args: Args) -> dict[str, f
     weights, in_layers = (sum(p.numel() for p in part.parameters())
                           for part in (model, model.model.layers))
     computed = 2 if args.dtype == "bfloat16" else 4  # bytes of a number where it is computed with
-    stored = 2 if computed == 2 and args.rounding == "stochastic" else 4  # bytes of a weight
-    cast = 0 if stored == computed else computed * weights  # of all weights, for sampling
-    resident = weights - in_layers if args.teacher_device == "cpu" else weights
+    exact = computed == 4 or args.rounding == "nearest" or args.lora_rank > 0
+    stored = 4 if exact else 2  # bytes of a weight that is learned
+    learned, frozen, cast = weights, 0, 0 if stored == computed else computed * weights
+    if args.lora_rank:  # The model stays as it is computed with, and is never cast.
+        model.add_adapters(args.lora_rank, 1.0)
+        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        frozen, cast = weights, 0
+    averaged = weights - in_layers if args.teacher_device == "cpu" else learned
 
     longest = max(prompts) + args.rollouts * args.max_new_tokens  # tokens of a prompt and its K
     step = longest * max(args.prompts, args.sft_documents if args.sft_steps else 0)  # at most
@@ -1602,7 +1629,7 @@ def memory_needed(config: Config, prompts: list[int], args: Args) -> dict[str, f
     losing = tokens * kept + 6 * 4 * LOGITS_AT_ONCE + (0 if args.recompute else cast)
     cache = 2 * computed * layers * config.num_key_value_heads * config.head_dim  # bytes a token
     updating = 16 * config.vocab_size * config.hidden_size if stored == 2 else 0  # in float32
-    moments = 8 * weights
+    optimizer, teacher = 8 * learned, averaged * stored
 
     def sampling(questions: int, samples: int) -> float:
         """Of keys and values, and of what the draw of a token holds."""
@@ -1615,10 +1642,10 @@ def memory_needed(config: Config, prompts: list[int], args: Args) -> dict[str, f
 
     # Evaluating begins when teacher and optimizer have gone.
     samples = max(args.eval_samples, args.paper_samples, args.oracle)
-    evaluating = sampling(args.eval_questions, samples) - resident * stored - moments
+    evaluating = sampling(args.eval_questions, samples) - teacher - optimizer
     working = max(losing, updating, sampling(args.prompts, args.rollouts), evaluating)
-    return {"weights, gradient and optimizer": weights * 2 * stored + moments,
-            "teacher": resident * stored, "working memory": working}
+    held = frozen * computed + learned * 2 * stored + optimizer
+    return {"weights, gradient and optimizer": held, "teacher": teacher, "working memory": working}
 
 
 def memory_free(device: torch.device) -> float:
@@ -1648,7 +1675,8 @@ def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args,
     remedies = {"--recompute": {"recompute": True},
                 f"--micro-tokens {longest}": {"micro_tokens": longest},
                 "--dtype bfloat16 --rounding stochastic": {"dtype": "bfloat16",
-                                                           "rounding": "stochastic"}}
+                                                           "rounding": "stochastic"},
+                "--lora-rank 16": {"lora_rank": 16}}
     if device.type == "cuda":
         remedies["--teacher-device cpu"] = {"teacher_device": "cpu"}
     offers = []
@@ -1681,15 +1709,20 @@ def load_model(source: Path | None, config: Config, args: Args,
     """A model to train, from its directory, or newborn where there is none.
 
     Its weights are float32 masters, or bfloat16 with --rounding stochastic; it computes in --dtype.
+    With --lora-rank it is kept in --dtype, and its adapters are the float32 masters.
     """
     computed = getattr(torch, args.dtype)
-    stored = computed if args.rounding == "stochastic" else torch.float32
+    adapted = source is not None and args.lora_rank > 0  # a newborn network has nothing to adapt
+    stored = computed if adapted or args.rounding == "stochastic" else torch.float32
     if source:
         model = Transformer.from_pretrained(source, dtype=stored, device=device)
     else:
         torch.manual_seed(args.seed)
         model = Transformer(config).to(device, stored)
     model.compute_dtype, model.recompute = computed, args.recompute
+    if adapted:
+        torch.manual_seed(args.seed)
+        model.add_adapters(args.lora_rank, args.lora_alpha or 2 * args.lora_rank)
     return model
 
 
@@ -1732,11 +1765,16 @@ def make_results(start: Path, config: Config, tokenizer: Tokenizer, task: Task, 
         model, started = load_model(start, config, args, device), time.perf_counter()
         if name == "base":
             weights = sum(p.numel() for p in model.parameters())
-            print(f"{args.model or 'The embedded world'}: {weights:,} parameters in {args.dtype} "
-                  f"on {device}, {len(task.held_out)} {args.split} questions, seed {args.seed}.")
+            learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            adapters = f", {learned:,} of them in adapters," if learned < weights else ""
+            print(f"{args.model or 'The embedded world'}: {weights:,} parameters{adapters} in "
+                  f"{args.dtype} on {device}, {len(task.held_out)} {args.split} questions, "
+                  f"seed {args.seed}.")
         else:
             train(model, name, tokenizer, task, args, out)
             save(model, tokenizer, out / name)
+            if args.save_adapter:
+                model.save_adapter(out / name / "adapter", args.model or str(start))
         trained = {"seconds": time.perf_counter() - started}
         results[name] = trained | evaluate(
             model, tokenizer, task.held_out, task.wording, sampling, args.seed, args.eval_samples,

@@ -308,6 +308,32 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class LoRALinear(nn.Module):
+    """y = W x + b + (α/r) B A x: W [out, in] and b stay, A [r, in] and B [out, r] are learned.
+
+    B starts at zero, so the layer starts as it was. A and B are float32 masters, cast to the dtype
+    of x as W is. (LoRA, arXiv 2106.09685, Section 4.1.)
+    """
+
+    def __init__(self, frozen: Linear, rank: int, alpha: float):
+        super().__init__()
+        self.weight, self.bias, self.scale = frozen.weight, frozen.bias, alpha / rank
+        outputs, inputs = frozen.weight.shape
+        device = frozen.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, inputs, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(outputs, rank, device=device))
+        nn.init.uniform_(self.lora_A, -inputs ** -0.5, inputs ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        learned = linear(linear(x, self.lora_A), self.lora_B)
+        return linear(x, self.weight, self.bias) + self.scale * learned
+
+    def merged(self) -> Tensor:
+        """W + (α/r) B A, in the dtype of W and in main memory, which has room for a copy."""
+        learned = self.lora_B.detach() @ self.lora_A.detach()
+        return (self.weight + self.scale * learned).to(self.weight.dtype).cpu()
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -432,6 +458,8 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
+            if weight.is_meta:
+                continue  # It has a shape and no values.
             if weight.dim() == 2:  # The deviation is 1/√D, and smaller where layers add up.
                 adds_up = name.endswith(("o_proj.weight", "down_proj.weight"))
                 terms = 2 * config.num_hidden_layers if adds_up else 1
@@ -473,13 +501,31 @@ class Transformer(nn.Module):
         hidden = self.hidden(input_ids.flatten(), rows.positions, rows)
         return self.logits(hidden).view(*input_ids.shape, -1)
 
+    def add_adapters(self, rank: int, alpha: float) -> None:
+        """Freezes the network and puts a LoRALinear in place of every linear layer but the head.
+
+        rank: r, the inner size of an adapter; alpha: its output is multiplied by alpha / r.
+        """
+        self.requires_grad_(False)
+        for block in list(self.model.layers.modules()):
+            for name, child in block.named_children():
+                if isinstance(child, Linear):
+                    setattr(block, name, LoRALinear(child, rank, alpha))
+
+    def adapters(self) -> dict[str, LoRALinear]:
+        """The adapters by the name of the layer that each belongs to."""
+        return {name: module for name, module in self.named_modules()
+                if isinstance(module, LoRALinear)}
+
     def for_inference(self) -> "Transformer":
         """The network with its weights stored in the computing dtype, to sample from and to save.
 
         Returns a copy without gradients, or self where the weights are stored like that already.
+        Adapters are small and stay in float32.
         """
         dtype = self.compute_dtype
-        if dtype is None or all(weight.dtype == dtype for weight in self.parameters()):
+        stored = (w.dtype for name, w in self.named_parameters() if "lora" not in name)
+        if dtype is None or all(found == dtype for found in stored):
             return self
         weights = {name: w.detach().to(dtype) for name, w in self.state_dict().items()}
         return Transformer.from_weights(self.config, weights).requires_grad_(False)
@@ -513,13 +559,45 @@ class Transformer(nn.Module):
                              f"the first is {missing[0]}")
         return cls.from_weights(config, weights)
 
+    def merged(self) -> dict[str, Tensor]:
+        """The state dict of the network without adapters that computes the same."""
+        adapted, weights = self.adapters(), {}
+        for name, weight in self.state_dict().items():
+            layer, _, part = name.rpartition(".")
+            if layer in adapted and part == "weight":
+                weights[name] = adapted[layer].merged()
+            elif not part.startswith("lora"):
+                weights[name] = weight.detach().contiguous()
+        return weights
+
+    def save_adapter(self, directory: str | Path, base: str) -> None:
+        """Writes the adapters alone, as the library `peft` reads them.
+
+        base: the model that they belong to, a directory or a hub name.
+        """
+        directory, adapted = Path(directory), self.adapters()
+        directory.mkdir(parents=True, exist_ok=True)
+        with replacing(directory / "adapter_model.safetensors") as unfinished:
+            save_file({f"base_model.model.{name}.{part}.weight": getattr(module, part).detach()
+                       for name, module in adapted.items() for part in ("lora_A", "lora_B")},
+                      unfinished, metadata={"format": "pt"})
+        one = next(iter(adapted.values()))
+        rank = len(one.lora_A)
+        described = {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+            "r": rank, "lora_alpha": one.scale * rank, "lora_dropout": 0.0, "bias": "none",
+            "target_modules": sorted({name.rpartition(".")[2] for name in adapted})}
+        write_text(directory / "adapter_config.json", json.dumps(described, indent=2) + "\n")
+
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes model.safetensors and then config.json; each is complete or as it was before."""
+        """Writes model.safetensors and then config.json; each is complete or as it was before.
+
+        Adapters are merged into the weights that they belong to.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        weights = {name: w.detach().contiguous() for name, w in self.state_dict().items()}
         with replacing(directory / "model.safetensors") as unfinished:
-            save_file(weights, unfinished, metadata={"format": "pt"})
+            save_file(self.merged(), unfinished, metadata={"format": "pt"})
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
         config = json.dumps(self.config.to_dict() | {"torch_dtype": dtype}, indent=2)
         write_text(directory / "config.json", config + "\n")

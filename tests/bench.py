@@ -8,6 +8,8 @@
         what a step costs as K and P grow
     python tests/bench.py shapes --device cuda --dtype bfloat16
         the shapes of Qwen3 with random weights, on a GPU
+    python tests/bench.py memory --dtype bfloat16 --new 1024
+        on paper: what those shapes need, and the least that a step can take
 
 This is no test: pytest does not collect it, and nothing here asserts a time. Every measurement of
 `peers` runs in a process of its own, so that its peak memory is its own. Completions never end
@@ -322,7 +324,9 @@ def law(flags: argparse.Namespace) -> None:
 
 QWEN3 = {  # hidden size, that of the MLP, layers, query heads, tied embeddings
     "0.6B": (1024, 3072, 28, 16, True), "1.7B": (2048, 6144, 28, 16, True),
-    "8B": (4096, 12288, 36, 32, False)}
+    "4B": (2560, 9728, 36, 32, True), "8B": (4096, 12288, 36, 32, False),
+    "14B": (5120, 17408, 40, 40, False), "32B": (5120, 25600, 64, 64, False)}
+MEASURED = ["0.6B", "1.7B", "8B"]
 
 
 def qwen3(size: str) -> Config:
@@ -364,6 +368,19 @@ def shape_args(flags: argparse.Namespace, *extra: str) -> caopd.Args:
         *extra])
 
 
+def read_bytes(config: Config, flags: argparse.Namespace, weights: int) -> float:
+    """What a rollout reads: each decoding step all weights, and on average this many keys and
+    values."""
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (
+        flags.prompt + K * flags.new / 2)
+    return flags.new * getattr(torch, flags.dtype).itemsize * (weights + cached)
+
+
+def update_operations(weights: int, tokens: int) -> float:
+    """2 a weight and token: of the student's pass, of its gradient twice, of the teacher's pass."""
+    return 2 * weights * 4 * tokens
+
+
 def shape(config: Config, flags: argparse.Namespace, args: caopd.Args) -> dict:
     """Memory and speed of a step of a network of this shape with random weights; of one that does
     not fit, the estimated memory alone. Bytes, seconds, and shares of what the device can do."""
@@ -376,14 +393,11 @@ def shape(config: Config, flags: argparse.Namespace, args: caopd.Args) -> dict:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     weights, sampling, update = whole_step(config, flags, args)
-    # A decoding step reads all weights, and on average this many keys and values.
-    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (
-        flags.prompt + K * flags.new / 2)
-    read = flags.new * dtype.itemsize * (weights + cached)
+    read = read_bytes(config, flags, weights)
     return figures | {
         "peak": peak_memory(device), "rollout": sampling, "update": update,
         "tokens/s": K * flags.new / sampling, "of bandwidth": read / sampling / bandwidth,
-        "of matrix rate": 2 * weights * 4 * tokens / update / rate, "matrix rate": rate,
+        "of matrix rate": update_operations(weights, tokens) / update / rate, "matrix rate": rate,
         "bandwidth": bandwidth}
 
 
@@ -407,22 +421,51 @@ def shapes(flags: argparse.Namespace) -> None:
           "update s", "of matrix rate", "GB/s", "TFLOP/s"], rows)
 
 
+# ---------------------------------------------------------------------------------------- on paper
+
+SAVINGS = {  # by what it is called in the table
+    "all weights": (), "--recompute": ("--recompute",),
+    "stochastic": ("--recompute", "--rounding", "stochastic"),
+    "LoRA, rank 16": ("--recompute", "--lora-rank", "16")}
+CARDS = {"24 GB card": (1.0e12, 165e12), "H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12)}
+
+
+def memory(flags: argparse.Namespace) -> None:
+    """What a step of one prompt is to need, by the formula that caopd.py prints before it starts,
+    and the least time it can take: decoding waits for memory, the update for products."""
+    print(f"{flags.dtype}; one prompt, P = {flags.prompt}, K = {K}, C = {flags.new}: GiB needed, "
+          "and the seconds of\nrollout + update at all of a card's bandwidth and matrix rate\n")
+    rows, tokens = [], flags.prompt + K * flags.new
+    for size in flags.sizes:
+        config = qwen3(size)
+        needed = [sum(caopd.memory_needed(config, [flags.prompt],
+                                          shape_args(flags, *saving)).values())
+                  for saving in SAVINGS.values()]
+        with torch.device("meta"):
+            weights = sum(p.numel() for p in Transformer(config).parameters())
+        read, products = read_bytes(config, flags, weights), update_operations(weights, tokens)
+        times = [f"{read / bandwidth:.1f} + {products / rate:.1f}"
+                 for bandwidth, rate in CARDS.values()]
+        rows.append([size, *(f"{need / 2 ** 30:.0f}" for need in needed), *times])
+    show(["Qwen3-", *SAVINGS, *CARDS], rows)
+
+
 # ------------------------------------------------------------------------------- the command line
 
 def command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=("peers", "law", "shapes"))
+    add("what", choices=("peers", "law", "shapes", "memory"))
     add("--model", default="", help="a Hugging Face model directory (peers, law)")
     add("--tool", default="", help="tool-use requests as JSONL (peers)")
     add("--device", default="cpu", help="[cpu]")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="[float32]")
     add("--rounds", type=int, default=3, help="counted rounds [3]")
     add("--batch", type=int, default=1, help="tool-use prompts a step (peers) [1]")
-    add("--new", type=int, default=64, help="C, new tokens a completion (law, shapes) [64]")
-    add("--prompt", type=int, default=1024, help="P, tokens of the prompt (shapes) [1024]")
-    add("--sizes", nargs="+", default=list(QWEN3), choices=list(QWEN3), help="(shapes) [all]")
+    add("--new", type=int, default=64, help="C, new tokens a completion (law, shapes, memory) [64]")
+    add("--prompt", type=int, default=1024, help="P, tokens of the prompt (shapes, memory) [1024]")
+    add("--sizes", nargs="+", choices=list(QWEN3), help="(shapes [0.6B 1.7B 8B], memory [all])")
     # These two say what a child process runs.
     add("--prompts", default="tool", choices=("tool", "short"), help=argparse.SUPPRESS)
     add("--job", choices=list(JOBS), help=argparse.SUPPRESS)
@@ -430,7 +473,8 @@ def command_line() -> argparse.Namespace:
 
 
 def run(flags: argparse.Namespace) -> None:
-    if flags.what != "shapes" and not flags.model:
+    flags.sizes = flags.sizes or (MEASURED if flags.what == "shapes" else list(QWEN3))
+    if flags.what in ("peers", "law") and not flags.model:
         raise caopd.UsageError(f"{flags.what} needs --model DIR")
     if flags.what == "peers" and not flags.tool and not (flags.job and flags.prompts == "short"):
         raise caopd.UsageError("peers needs --tool FILE.jsonl")
@@ -439,7 +483,7 @@ def run(flags: argparse.Namespace) -> None:
         print(json.dumps({"seconds": statistics.median(taken),
                           "memory": peak_memory(torch.device(flags.device))}))
     else:
-        {"peers": peers, "law": law, "shapes": shapes}[flags.what](flags)
+        {"peers": peers, "law": law, "shapes": shapes, "memory": memory}[flags.what](flags)
 
 
 def main() -> int:

@@ -320,7 +320,7 @@ class Output(Kind):
         self.keep_files()
 
     def stage(self) -> Stage:
-        return Stage("opd", self.directory, {"seed": 0}, self.optimizer, None, 1)
+        return Stage("opd", self.directory, {"seed": 0}, self.optimizer.tensors(), 1)
 
     def attempt(self, name: str, content: Content) -> None:
         metrics = self.directory / "metrics.jsonl"

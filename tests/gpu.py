@@ -326,7 +326,7 @@ def peers(device: torch.device, flags: argparse.Namespace) -> dict:
 
 PARTS = {"toy": toy, "sampler": sampler, "gradients": gradients, "bfloat16": bfloat16,
          "rounding": rounding, "recompute": recompute, "resume": resume, "memory": memory,
-         **{size: partial(shape, size) for size in bench.QWEN3}, "peers": peers}
+         **{size: partial(shape, size) for size in bench.MEASURED}, "peers": peers}
 
 
 # -------------------------------------------------------------------------------- how they are run

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import caopd
@@ -1392,6 +1392,39 @@ def test_a_crash_at_any_moment_resumes_to_the_same_result(tmp_path, whole_runs, 
     assert resumed == (update > 6 and update > stage_start)
 
 
+def test_adapters_learn_alone_and_resume_to_the_same_result(tmp_path, whole_runs, capsys):
+    flags = ["--dtype", "bfloat16", "--lora-rank", "2", "--teacher-rate", "0.3"]
+    whole, expected = whole_runs(*flags)
+    crash(tmp_path, 12, *flags)
+    with safe_open(tmp_path / "caopd/checkpoint.safetensors", "pt") as file:
+        assert all("lora" in name for name in file.keys())
+        assert any(name.startswith("teacher") for name in file.keys())
+    assert_same_outcome(tmp_path, run(tmp_path, *CUT, *flags), whole, expected)
+    assert "Going on from step" in capsys.readouterr().out
+    base, learned = (Transformer.from_pretrained(whole / name).state_dict()
+                     for name in ("base", "caopd"))
+    linear = [torch.equal(base[name], learned[name]) for name in base if "proj" in name]
+    others = [torch.equal(base[name], learned[name]) for name in base if "proj" not in name]
+    assert not any(linear) and all(others)
+
+
+def test_the_teacher_shares_what_the_student_does_not_learn(world):
+    student = copy.deepcopy(world[3])
+    student.add_adapters(2, alpha=4.0)
+    teacher = caopd.make_teacher(student, "same")
+    for (name, w), average in zip(student.named_parameters(), teacher.parameters(), strict=True):
+        assert (w.data_ptr() == average.data_ptr()) == (not w.requires_grad) == ("lora" not in name)
+    before = {name: average.clone() for name, average in teacher.named_parameters()}
+    learned = [w for w in student.parameters() if w.requires_grad]
+    with torch.no_grad():
+        for weight in learned:
+            weight.add_(1.0)
+    ema_update(teacher, student, 0.25, torch.Generator())
+    for name, average in teacher.named_parameters():
+        expected = before[name] + 0.25 * ("lora" in name)
+        assert torch.allclose(average, expected)
+
+
 @pytest.mark.parametrize("changed", [["--save-every", "3"], ["--recompute"], ["--oracle", "2"],
                                      ["--teacher-device", "cpu"]])
 def test_a_run_goes_on_under_flags_that_decide_nothing(tmp_path, whole_runs, capsys, changed):
@@ -1487,10 +1520,10 @@ def test_a_checkpoint_of_other_settings_is_not_taken(tmp_path):
 
     def stage(network, args, task=task):
         return Stage("opd", tmp_path, caopd.settings(args, "opd", task),
-                     AdamW(network, 0.0, 1.0), None, 1)
+                     AdamW(network, 0.0, 1.0).tensors(), 1)
     trained = tiny_model()
     optimizer = AdamW(trained, 0.0, 1.0)
-    first = Stage("opd", tmp_path, caopd.settings(args, "opd", task), optimizer, None, 1)
+    first = Stage("opd", tmp_path, caopd.settings(args, "opd", task), optimizer.tensors(), 1)
     for step in first.steps(5):
         trained(torch.tensor([[1, 2]])).sum().backward()
         optimizer.step(step, 1e-3, SEED)
@@ -1947,6 +1980,18 @@ def test_the_estimate_counts_what_evaluation_samples(monkeypatch):
     assert needed[1] - needed[0] == pytest.approx(logits + cached)
 
 
+def test_adapters_are_all_that_is_held_beside_the_model():
+    """By hand: 2 bytes a weight of the model; of an adapter, the float32 value, gradient, moments
+    and average."""
+    args = dataclasses.replace(parse_args([*TINY, "--lora-rank", "3"]), dtype="bfloat16")
+    config = Config("qwen3", 1000, 16, 24, 1, 4, 2, 4, tie_word_embeddings=True)
+    needed = caopd.memory_needed(config, [20], args)
+    weights = sum(p.numel() for p in Transformer(config).parameters())
+    adapters = 3 * (2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 24))
+    assert needed["weights, gradient and optimizer"] == 2 * weights + (4 + 4 + 8) * adapters
+    assert needed["teacher"] == 4 * adapters
+
+
 # ----------------------------------------------------------------------------- what is refused
 
 
@@ -1969,6 +2014,9 @@ def test_the_estimate_counts_what_evaluation_samples(monkeypatch):
     (["--split", "test"], "--split"), (["--eval-top-p", "0"], "--eval-top-p 0"),
     (["--paper-samples", "-1"], "--paper-samples -1"), (["--eval-samples", "0"], "--eval-samples"),
     (["--template-args", "{enable_thinking: false}"], "--template-args: not JSON"),
+    (["--save-adapter"], "none without --lora-rank"), (["--lora-rank", "-1"], "--lora-rank -1"),
+    (["--lora-rank", "4", "--teacher-device", "cpu"], "takes next to no memory"),
+    (["--replace", "answer"], "--replace answer: it should be one or several of completion"),
     (["--template-args", "[]"], "--template-args []: it should be a JSON object"),
     (["--method", "caopd-sc", "--context", "solution"], "caopd-sc needs --context demo"),
     (["--method", "caopd-sc", "--teacher-device", "cpu"], "leave out --teacher-device"),

@@ -602,3 +602,80 @@ def test_loading_holds_the_weights_once(tmp_path):
     shown = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True,
                            text=True, check=True, cwd=Path(__file__).parents[1]).stdout
     assert int(shown) * 1024 < 1.5 * size, int(shown) * 1024 / size
+
+
+# --------------------------------------------------------------------------------------- adapters
+
+def adapted(changes: dict, rank: int = 3) -> tuple[Transformer, Transformer]:
+    """A network with adapters that have learned something, and the one under them."""
+    plain, model = tiny(**changes), tiny(**changes)
+    model.add_adapters(rank, alpha=5.0)
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(weight, std=0.3)
+    return model, plain
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=family)
+def test_adapters_start_as_nothing_and_are_merged_into_what_they_compute(changes, tmp_path):
+    ids = torch.randint(11, (2, 9), generator=torch.Generator().manual_seed(0))
+    plain, fresh = tiny(**changes), tiny(**changes)
+    fresh.add_adapters(3, alpha=5.0)
+    assert torch.equal(plain(ids), fresh(ids))
+    model, _ = adapted(changes)
+    learned = {name for name, w in model.named_parameters() if w.requires_grad}
+    assert len(learned) == 2 * 7 * 2 and all("lora" in name for name in learned)  # 2 layers of 7
+    model.save_pretrained(tmp_path)
+    merged = Transformer.from_pretrained(tmp_path)
+    assert merged.state_dict().keys() == plain.state_dict().keys()
+    assert torch.allclose(merged(ids), model(ids), atol=1e-5)
+    assert (merged(ids) - plain(ids)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=family)
+def test_an_adapters_gradient_is_that_of_the_weight_it_adds_to(changes, tmp_path):
+    """With W' = W + s·B·A: ∂L/∂B = s·∂L/∂W'·Aᵀ and ∂L/∂A = s·Bᵀ·∂L/∂W'."""
+    model, _ = adapted(changes)
+    model.save_pretrained(tmp_path)
+    merged = Transformer.from_pretrained(tmp_path)
+    ids = torch.randint(11, (2, 9), generator=torch.Generator().manual_seed(0))
+    for network in (model, merged):
+        network(ids).logsumexp(-1).sum().backward()
+    scale, found = 5.0 / 3, dict(model.named_parameters())
+    for name, weight in merged.named_parameters():
+        layer, _, part = name.rpartition(".")
+        if f"{layer}.lora_A" not in found or part != "weight":
+            continue
+        a, b = found[f"{layer}.lora_A"], found[f"{layer}.lora_B"]
+        assert torch.allclose(b.grad, scale * weight.grad @ a.T, atol=1e-4, rtol=1e-4)
+        assert torch.allclose(a.grad, scale * b.T @ weight.grad, atol=1e-4, rtol=1e-4)
+        assert a.grad.abs().max() > 0
+
+
+def test_the_sampler_reads_the_adapters(tmp_path):
+    model, plain = adapted(KINDS[2])
+    model.save_pretrained(tmp_path)
+    merged, prompts = Transformer.from_pretrained(tmp_path), [[1, 2, 3], [4, 5]]
+    model.compute_dtype = torch.float32
+    assert model.for_inference() is model
+    drawn = [generate(network, prompts, 12, temperature=0) for network in (model, merged, plain)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_peft_loads_the_adapters_to_the_same_logits(name, tmp_path):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    model, expected = golden(name)
+    model.add_adapters(3, alpha=5.0)
+    for adapter in model.adapters().values():
+        torch.nn.init.normal_(adapter.lora_B, std=0.3)
+    model.save_adapter(tmp_path, base=str(GOLDEN / name))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / name)
+    with torch.no_grad():
+        alone = reference(expected["input_ids"]).logits
+        theirs = peft.PeftModel.from_pretrained(reference, tmp_path)(expected["input_ids"]).logits
+        ours = model(expected["input_ids"])
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    assert (ours - alone).abs().max() > 1e-2
