@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 from typing import TextIO
 
 from safetensors import SafetensorError
-
 from torch import Tensor
 
 

@@ -280,9 +280,9 @@ def rollout_table(group: Group) -> str:
     """Every rollout in a line: its answer, the confidence it states, and the verdict."""
     answers = [shorten(answer_part(rollout.text), 56) for rollout in group.rollouts]
     width, lines = max(map(len, answers)), []
-    for k, (answer, rollout) in enumerate(zip(answers, group.rollouts), 1):
-        states = "states nothing" if rollout.confidence is None else f"c = {rollout.confidence:.2f}"
-        verdict = "right" if rollout.correct else "cut off" if rollout.truncated else "wrong"
+    for k, (answer, r) in enumerate(zip(answers, group.rollouts), 1):
+        states = "states nothing" if r.confidence is None else f"c = {r.confidence:.2f}"
+        verdict = "right" if r.correct else "cut off" if r.truncated else "wrong"
         lines.append(f"   {k:3}  a = {answer:{width}}   {states:14}   {verdict}")
     return "\n".join(lines)
 

@@ -142,7 +142,8 @@ def main() -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("metrics", type=Path, nargs="+", metavar="METRICS.jsonl")
     parser.add_argument("--out", type=Path, metavar="OUT.png")
-    parser.add_argument("--thin", type=Path, metavar="FILE.jsonl", help="write the points, no figure")
+    parser.add_argument("--thin", type=Path, metavar="FILE.jsonl",
+                        help="write the points, no figure")
     flags = parser.parse_args()
     out = flags.thin or flags.out or flags.metrics[0].with_name("curves.png")
     try:

@@ -325,8 +325,9 @@ def test_templates_can_tell_the_date(tmp_path):
 
 
 def test_templates_may_have_large_numbers_and_widths(tmp_path):
-    template = ("{{ 123456789 }}{{ 123456789 | string }}{{ '%10000' | trim }}{{ '%s%02d' % (1, 2) }}"
-                "{{ '7'.center(1) }}{{ namespace(n=123456789).n }}{{ '{:02}'.format(3) }}")
+    template = ("{{ 123456789 }}{{ 123456789 | string }}{{ '%10000' | trim }}"
+                "{{ '%s%02d' % (1, 2) }}{{ '7'.center(1) }}{{ namespace(n=123456789).n }}"
+                "{{ '{:02}'.format(3) }}")
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template))
     written = "123456789123456789%10000" + "102" + "7" + "123456789" + "03"
     assert tokenizer.chat(ASK) == tokenizer.encode(written)
@@ -378,7 +379,8 @@ def test_templates_render_in_a_sandbox(tmp_path, template, words):
     (dict(chat_template=[dict(name="default", template=3)]), "`template` should be text"),
     (dict(chat_template="{{ '\ud800' }}"), "surrogates not allowed"),
     (dict(chat_template="{% if 1 %}" * 5000), "does not compile"),
-    (dict(bos_token={}), "bos_token: no `content`"), (dict(eos_token=3), "`content` should be text"),
+    (dict(bos_token={}), "bos_token: no `content`"),
+    (dict(eos_token=3), "`content` should be text"),
     (dict(eos_token=dict(content=[])), "`content` should be text")])
 def test_refuses_bad_templates(tmp_path, config, words):
     with pytest.raises(BadInput, match=words):

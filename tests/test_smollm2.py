@@ -1,4 +1,5 @@
-"""Real weights: logits and greedy completions of SmolLM2-135M-Instruct against the reference library.
+"""Real weights: SmolLM2-135M-Instruct, its logits and greedy completions, against the reference
+library.
 
     pip install transformers && CAOPD_SMOLLM2=DIR python -m pytest -m slow tests/test_smollm2.py
 """
@@ -12,34 +13,47 @@ import caopd
 from data import Tokenizer
 from model import Transformer, generate
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif("CAOPD_SMOLLM2" not in os.environ, reason="CAOPD_SMOLLM2 names no model directory")]
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif("CAOPD_SMOLLM2" not in os.environ,
+                                 reason="CAOPD_SMOLLM2 names no model directory")]
 
 PROMPTS = {
-    "facts": ["What is the capital of France?", "Who wrote Hamlet?", "Name three noble gases.", "When did the Second World War end?"],
-    "arithmetic": ["What is 12 + 34?", "What is 7 times 8?", "Is 91 a prime number?", "Half of 250 is"],
-    "code": ["Write a Python function that reverses a string.", "def fibonacci(n):", "What does `git rebase` do?", "SELECT name FROM"],
-    "prose": ["Write two sentences about the sea.", "Once upon a time, in a village by the river,", "Tell me a joke.", "A haiku about autumn:"],
-    "other scripts and lengths": ["Übersetze: Guten Morgen, schöne Welt! 😀", "日本の首都はどこですか。", "x", "List the numbers: " + ", ".join(map(str, range(150)))],
+    "facts": ["What is the capital of France?", "Who wrote Hamlet?", "Name three noble gases.",
+              "When did the Second World War end?"],
+    "arithmetic": ["What is 12 + 34?", "What is 7 times 8?",
+                   "Is 91 a prime number?", "Half of 250 is"],
+    "code": ["Write a Python function that reverses a string.", "def fibonacci(n):",
+             "What does `git rebase` do?", "SELECT name FROM"],
+    "prose": ["Write two sentences about the sea.", "Once upon a time, in a village by the river,",
+              "Tell me a joke.", "A haiku about autumn:"],
+    "other scripts and lengths": ["Übersetze: Guten Morgen, schöne Welt! 😀",
+                                  "日本の首都はどこですか。", "x",
+                                  "List the numbers: " + ", ".join(map(str, range(150)))],
 }
 
 
 def test_greedy_completions_and_logits_are_the_reference_librarys():
     transformers = pytest.importorskip("transformers")
     directory = os.environ["CAOPD_SMOLLM2"]
-    model, tokenizer = Transformer.from_pretrained(directory, dtype=torch.float32), Tokenizer.from_pretrained(directory)
+    model = Transformer.from_pretrained(directory, dtype=torch.float32)
+    tokenizer = Tokenizer.from_pretrained(directory)
     reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     template = transformers.AutoTokenizer.from_pretrained(directory)
     chats = [[{"role": "user", "content": text}] for kind in PROMPTS.values() for text in kind]
     prompts = [tokenizer.chat(chat) for chat in chats]
-    assert prompts == [template.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False) for chat in chats]
-    ours = generate(model, prompts, 40, temperature=0, eos_ids=tokenizer.eos_ids)  # all in one batch, of different lengths
+    assert prompts == [template.apply_chat_template(chat, add_generation_prompt=True, tokenize=True,
+                                                    return_dict=False) for chat in chats]
+    # Prompts of different lengths, all in one batch.
+    ours = generate(model, prompts, 40, temperature=0, eos_ids=tokenizer.eos_ids)
     worst = 0.0
     for prompt, ids in zip(prompts, ours):
-        assert reference.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt):].tolist() == ids
+        theirs = reference.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)
+        assert theirs[0, len(prompt):].tolist() == ids
         with torch.no_grad():
             sequence = torch.tensor([prompt + ids])
             worst = max(worst, float((model(sequence) - reference(sequence).logits).abs().max()))
-    print(f"20 prompts of 5 kinds: greedy completions identical, largest logit difference {worst:.1e}")
+    print(f"20 prompts of 5 kinds: greedy completions identical, largest logit difference "
+          f"{worst:.1e}")
     assert worst < 1e-3
 
 
