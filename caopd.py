@@ -42,8 +42,6 @@ from statistics import fmean, pstdev, stdev
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.adamw import adamw
@@ -51,8 +49,8 @@ from tqdm import tqdm
 
 import data
 from data import Example, Task, Tokenizer, Wording
-from files import (BadInput, Unbroken, claimed, fingerprint, finite, from_json, parse_json,
-                   read_object, read_text, replacing, within, write_text)
+from files import (BadInput, Checkpoint, Unbroken, claimed, fingerprint, from_json, map_leaves,
+                   parse_json, read_object, read_text, to_json, within, write_text)
 from model import Config, NotFinite, SharedPrefix, Transformer, activation_bytes, generate
 
 # ------------------------------------------------------------------- Algorithm 1, step 1: rollout
@@ -777,14 +775,6 @@ TROUBLE = {  # figure of a step: when something is wrong, and what to try
 
 
 @dataclass
-class Progress:
-    """What a checkpoint says of itself, beside its tensors."""
-
-    settings: dict  # which it was made with
-    step: int = within(0, 2 ** 63)  # the next one
-
-
-@dataclass
 class Logged:
     """What a line of metrics.jsonl and of samples.jsonl has."""
 
@@ -798,22 +788,24 @@ LOOK_EVERY = 120  # seconds between the samples that are shown
 class Stage:
     """What surrounds a training loop: it resumes, shows progress, logs, and saves checkpoints.
 
-    A checkpoint holds the step, the settings that the stage was started with, and every tensor that
-    a step changes, under its parameter's name; it is complete or absent, and never unpickled.
+    settings: all that determines the stage's result; a checkpoint of others is not taken.
+    tensors: all that an update changes, by name.
     """
 
     def __init__(self, name: str, out: Path, settings: dict, tensors: dict[str, Tensor],
                  save_every: int, track: str = ""):
         self.name, self.settings, self.save_every = name, settings, save_every
-        self.path = out / name / "checkpoint.safetensors"
         self.metrics, self.samples = out / "metrics.jsonl", out / "samples.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.tracker, self.next_look = None, 0.0
+        (out / name).mkdir(parents=True, exist_ok=True)
+        self.tracker, self.next_look, self.warned = None, 0.0, set()
         if track:
             from share import Tracker
             self.tracker = Tracker(track, name, out, settings)
-        self.tensors, self.device = tensors, next(iter(tensors.values())).device
-        self.start, self.warned = self.resume(), set()
+        self.checkpoint = Checkpoint(out / name / "checkpoint.safetensors", settings, tensors)
+        self.start = self.checkpoint.resume()
+        if self.start:
+            tqdm.write(f"Going on from step {self.start} of an interrupted run "
+                       f"({self.checkpoint.path}).")
         # A row of the last layer's last matrix stands for all that an update should move.
         self.watched = [weight[0] for key, weight in tensors.items()
                         if key.startswith("student.") and "down_proj" in key][-1].detach()
@@ -870,37 +862,8 @@ class Stage:
                        f"mu_hat {sample['mu_hat']:.2f}, {'right' * sample['correct'] or 'wrong'}")
 
     def save_if_due(self, step: int) -> None:
-        if (step + 1) % self.save_every and step + 1 < self.total:
-            return
-        tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
-        metadata = {"step": str(step + 1), "settings": json.dumps(self.settings)}
-        with replacing(self.path) as unfinished:
-            save_file(tensors, unfinished, metadata=metadata)
-
-    @torch.no_grad()
-    def resume(self) -> int:
-        """Takes the checkpoint of an interrupted run, tensor by tensor; the step to go on from."""
-        if not self.path.exists():
-            return 0
-        where = f"{self.path} (delete it to start this stage again)"
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata = (file.metadata() or {}).items()
-            raw = {key: parse_json(text, where) for key, text in metadata}
-            progress = from_json(Progress, raw, where)
-            if progress.settings != self.settings:
-                return 0
-            for name, tensor in self.tensors.items():
-                # Opened anew for each tensor: what an open file has shown stays in memory.
-                with safe_open(self.path, framework="pt", device=str(self.device)) as file:
-                    stored = file.get_tensor(name)
-                if (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):
-                    raise UsageError(f"{where}: tensor {name} is of another dtype or shape")
-                tensor.copy_(finite(stored, name, where))
-        except (SafetensorError, OSError) as error:
-            raise UsageError(f"{where}: not a readable checkpoint ({error})") from None
-        tqdm.write(f"Going on from step {progress.step} of an interrupted run ({self.path}).")
-        return progress.step
+        if (step + 1) % self.save_every == 0 or step + 1 == self.total:
+            self.checkpoint.save(step + 1)
 
     def drop_rows_from(self, step: int) -> None:
         """Takes this stage's rows from `step` on out of both logs: they are made again."""
@@ -913,22 +876,6 @@ class Stage:
                     if row.stage != self.name or row.step < step:
                         kept.append(line)
             write_text(path, "".join(kept))
-
-
-def to_json(value, indent: int | None = None) -> str:
-    """Strict JSON: figures that do not exist (NaN) are null."""
-    finite = map_leaves(lambda v: None if isinstance(v, float) and not math.isfinite(v) else v,
-                        value)
-    return json.dumps(finite, indent=indent)
-
-
-def map_leaves(change: Callable, value):
-    """A nested value with `change` applied to all in it that is no dict and no list."""
-    if isinstance(value, dict):
-        return {key: map_leaves(change, item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [map_leaves(change, item) for item in value]
-    return change(value)
 
 
 # ----------------------------------------------------------------------------- evaluation

@@ -6,19 +6,22 @@ A file that cannot be used is a BadInput, whose message is a sentence for the us
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import reprlib
 import shutil
 import types
 import typing
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -169,6 +172,22 @@ def an_object(value: object, where: str) -> dict:
     return value
 
 
+def to_json(value, indent: int | None = None) -> str:
+    """Strict JSON: figures that do not exist (NaN) are null."""
+    existing = map_leaves(lambda v: None if isinstance(v, float) and not math.isfinite(v) else v,
+                          value)
+    return json.dumps(existing, indent=indent)
+
+
+def map_leaves(change: Callable, value):
+    """A nested value with `change` applied to all in it that is no dict and no list."""
+    if isinstance(value, dict):
+        return {key: map_leaves(change, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [map_leaves(change, item) for item in value]
+    return change(value)
+
+
 # ------------------------------------------------------- JSON against its description, a dataclass
 
 def within(least: float, most: float, default=dataclasses.MISSING):
@@ -238,3 +257,59 @@ def finite(tensor: Tensor, name: str, where: str) -> Tensor:
     if not all(end.isfinite() for end in tensor.aminmax()):
         raise BadInput(f"{where}: tensor {name} holds NaN or infinity")
     return tensor
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+@dataclasses.dataclass
+class Progress:
+    """What a checkpoint says of itself, beside its tensors."""
+
+    settings: dict  # those it was made with
+    step: int = within(0, 2 ** 63)  # the next one
+
+
+class Checkpoint:
+    """A file with the tensors of an interrupted run, complete or absent, and never unpickled.
+
+    settings: the run's; a checkpoint of others is passed over.
+    tensors: all that a step of the run changes, by name.
+    """
+
+    def __init__(self, path: Path, settings: dict, tensors: dict[str, Tensor]):
+        self.path, self.settings, self.tensors = path, settings, tensors
+
+    def save(self, step: int) -> None:
+        """step: the one to go on from."""
+        tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
+        metadata = {"step": str(step), "settings": json.dumps(self.settings)}
+        with replacing(self.path) as unfinished:
+            save_file(tensors, unfinished, metadata=metadata)
+
+    @torch.no_grad()
+    def resume(self) -> int:
+        """Fills the tensors from the file, one by one, and returns the step to go on from.
+
+        That is 0, and the tensors stay as they are, where there is no file or it has other
+        settings. Raises BadInput for a file that cannot be used.
+        """
+        if not self.path.exists():
+            return 0
+        where = f"{self.path} (delete it to start this stage again)"
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = (file.metadata() or {}).items()
+            raw = {key: parse_json(text, where) for key, text in metadata}
+            progress = from_json(Progress, raw, where)
+            if progress.settings != self.settings:
+                return 0
+            for name, tensor in self.tensors.items():
+                # Opened anew for each tensor: what an open file has shown stays in memory.
+                with safe_open(self.path, framework="pt", device=str(tensor.device)) as file:
+                    stored = file.get_tensor(name)
+                if (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):
+                    raise BadInput(f"{where}: tensor {name} is of another dtype or shape")
+                tensor.copy_(finite(stored, name, where))
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{where}: not a readable checkpoint ({error})") from None
+        return progress.step

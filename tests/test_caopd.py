@@ -1717,13 +1717,13 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_there(tmp_path, whole_ru
                                                               monkeypatch):
     """crash.py has the other writes; the library that writes tensors has errors of its own."""
     flags = ["--dtype", "float32", "--method", "both"]
-    real, calls = caopd.save_file, itertools.count()
+    real, calls = files.save_file, itertools.count()
 
     def full(tensors, path, metadata):
         real(tensors, path, metadata=metadata)
         if next(calls) == 8:  # the second step of OPD
             raise SafetensorError("I/O error: No space left on device (os error 28)")
-    monkeypatch.setattr(caopd, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     assert caopd.main([*TINY, *CUT, *flags, "--out", str(tmp_path)]) == 2
     shown = capsys.readouterr()
     assert "No space left" in shown.err.splitlines()[-1] and "Traceback" not in shown.err
