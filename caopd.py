@@ -753,8 +753,7 @@ def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: "Args"
         stage.save_if_due(step)
 
 
-# ------------------------------------------------------------------------- what survives a crash
-
+# --------------------------------------------------------------- logs, checkpoints and warnings
 
 TROUBLE = {  # figure of a step: when something is wrong, and what to try
     "format": (lambda share: share < 0.5, "over half of the completions state no confidence; a "
@@ -782,7 +781,7 @@ class Logged:
     step: int = within(0, 2 ** 63)
 
 
-LOOK_EVERY = 120  # seconds between the samples that are shown
+LOOK_EVERY = 120  # seconds from one time that samples are shown to the next
 
 
 class Stage:
@@ -822,8 +821,7 @@ class Stage:
             self.tracker.finish()
 
     def log(self, step: int, row: dict, samples: Sequence[dict] = ()) -> None:
-        """Appends a line to metrics.jsonl and one a sample to samples.jsonl, shows the main figures
-        and now and then the samples, says once what is wrong.
+        """Writes a step's figures and samples to the logs, and shows them.
 
         Raises UsageError for a loss or a gradient that is not finite.
         """
@@ -836,16 +834,20 @@ class Stage:
         if not math.isfinite(row["loss"] + row["grad_norm"]):
             raise UsageError(f"{self.name}, step {step}: the loss is {row['loss']} and its "
                              f"gradient has norm {row['grad_norm']}; {REMEDY}")
+        shown = {"accuracy": "accuracy", "confidence": "says", "loss": "loss"}
+        self.bar.set_postfix_str(", ".join(f"{word} {row[key]:.2f}" for key, word in shown.items()
+                                           if key in row))
         if now < self.next_look and step + 1 < self.total:
             samples = ()
         else:
             self.next_look = now + LOOK_EVERY
-            self.show(step, samples)
+            self.show_samples(step, samples)
         if self.tracker:
             self.tracker.log(step, row, samples)
-        shown = {"accuracy": "accuracy", "confidence": "says", "loss": "loss"}
-        self.bar.set_postfix_str(", ".join(f"{word} {row[key]:.2f}" for key, word in shown.items()
-                                           if key in row))
+        self.warn(step, row)
+
+    def warn(self, step: int, row: dict) -> None:
+        """Says what is wrong with a step's figures, each thing once."""
         if step + 1 == self.start + 5:
             row["moved"] = (self.watched != self.at_start).float().mean().item()
         for key, (wrong, words) in TROUBLE.items():
@@ -853,7 +855,7 @@ class Stage:
                 self.warned.add(key)
                 tqdm.write(f"{self.name}, step {step}: {words}.")
 
-    def show(self, step: int, samples: Sequence[dict]) -> None:
+    def show_samples(self, step: int, samples: Sequence[dict]) -> None:
         """Prints samples, so that a run which learns nonsense is seen at once."""
         for sample in samples:
             question, answer = (" ".join(sample[key].split()) for key in ("question", "answer"))
@@ -1084,7 +1086,7 @@ def oracle(mu: np.ndarray, correct: np.ndarray, samples: int) -> dict:
     return calibration(mu, correct) | {"brier": floor}
 
 
-# ------------------------------------------------------------------------- what the user sees
+# ------------------------------------------------------------ how figures are written (show.py)
 
 COLUMNS = {"accuracy": "accuracy", "mean_confidence": "mean conf.", "ocg": "OCG", "ece": "ECE",
            "brier": "Brier", "spr": "SPR", "format": "format"}
@@ -1099,65 +1101,6 @@ def number(value: float, sign: str = "") -> str:
     return f"{value:{sign}.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:{sign}.3f}"
 
 
-def table(results: dict) -> str:
-    """The metrics of each model with their standard errors over questions, a row a model."""
-    lines = [f"{'':18}" + "".join(f"{column:>12}" for column in COLUMNS.values())]
-    for name, row in results.items():
-        cells = (f"{number(row[key], '+' if key == 'ocg' else '')} ±{number(row['stderr'][key])}"
-                 for key in COLUMNS)
-        lines.append(f"{title(name):18}" + "".join(f"{cell:>12}" for cell in cells))
-    return "\n".join(lines)
-
-
-def readout_table(results: dict) -> str:
-    """ECE / Brier / SPR of each readout, then what the best prompt-level confidence would score.
-
-    Where OPD is there: how much of Brier's gap from OPD to that floor is closed.
-    """
-    words = "stated", "greedy", "expected", "floor / ceiling", "gap closed"
-    lines = [f"{'ECE / Brier / SPR':18}" + "".join(f"{word:>20}" for word in words)]
-    for name, row in results.items():
-        cells = [" / ".join(number(figures[key]) for key in ("ece", "brier", "spr"))
-                 for figures in row["readouts"].values()]
-        if best := row.get("oracle"):
-            cells.append(f"{number(best['brier'])} / {number(best['spr'])}")
-        if best and "opd" in results and results["opd"]["brier"] > best["brier"]:
-            worst, gap = results["opd"]["brier"], results["opd"]["brier"] - best["brier"]
-            closed = ((worst - row["readouts"][key]["brier"]) / gap
-                      for key in ("stated", "expected"))
-            cells.append(" / ".join(f"{share:.0%}" for share in closed))
-        lines.append(f"{title(name):18}" + "".join(f"{cell:>20}" for cell in cells))
-    return "\n".join(lines)
-
-
-def grade_table(results: dict) -> str:
-    """Accuracy / mean confidence by grade, a row a grade."""
-    grades = next(iter(results.values()))["by_grade"]
-    lines = [f"{'accuracy / confidence':22}" + "".join(f"{title(name):>17}" for name in results)]
-    for grade in grades:
-        cells = [row["by_grade"][grade] for row in results.values()]
-        lines.append(f"{grade[:20]:22}" + "".join(
-            f"{c['accuracy']:>10.2f} / {c['mean_confidence']:.2f}" for c in cells))
-    return "\n".join(lines)
-
-
-def diagram(results: dict, width: int = 16) -> str:
-    """Reliability as text: █ is a bin's accuracy, │ its mean confidence, then its share."""
-    lines = ["confidence   " + "".join(f"{title(name):<{width + 8}}" for name in results)]
-    for i in range(9, -1, -1):
-        cells = []
-        for row in results.values():
-            b, total = row["reliability"][i], sum(b["count"] for b in row["reliability"])
-            bar, share = [" "] * (width + 1), " " * 7
-            if b["count"]:
-                bar[:round(b["accuracy"] * width)] = "█" * round(b["accuracy"] * width)
-                bar[round(b["confidence"] * width)] = "│"
-                share = f"{b['count'] / total:>5.0%}  "
-            cells.append("".join(bar) + share)
-        lines.append(f"{i / 10:.1f} to {(i + 1) / 10:.1f}   " + "".join(cells))
-    return "\n".join(lines)
-
-
 # ----------------------------------------------------------------------------- the command line
 
 RUN, DISTILL, SAMPLE, BASE, TOY, EVAL, HARDWARE = (
@@ -1167,7 +1110,6 @@ RUN, DISTILL, SAMPLE, BASE, TOY, EVAL, HARDWARE = (
 # What a flag decides: the base model and everything after it, or what a method makes of the base.
 # Checkpoints and a base are taken up again only where every flag that decides them is the same.
 ALL, METHOD, NOTHING = "all", "method", "nothing"
-
 
 TRACKERS = "wandb", "trackio", "tensorboard"
 
@@ -1301,46 +1243,48 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
+def argument(field: dataclasses.Field) -> dict:
+    """What argparse has to know of a field of Args: its type, and the help with its defaults."""
+    help, choices, default = field.metadata["help"], field.metadata["choices"], field.default
+    if field.type is bool:
+        return {"action": "store_true", "help": help}
+    if field.type is list:
+        nargs, metavar, default = ("*", "QUESTION", None) if default is None else ("+", "PATH", [])
+        return {"nargs": nargs, "metavar": metavar, "default": default, "help": help}
+    toy, real = DEFAULTS.get(field.name, (default, default))
+    if toy != real:
+        help += f" [{toy}; with --model {real}]"
+    elif toy != "":
+        help += f" [{toy}]"
+    word = {"out": "PATH", "template_args": "JSON"}.get(field.name, "NAME")
+    metavar = None if choices else {int: "N", float: "X", str: word}[field.type]
+    return {"type": field.type, "default": default, "choices": choices, "metavar": metavar,
+            "help": help}
+
+
 def parse_args(argv: list[str] | None) -> Args:
     """Reads the command line into Args and fills in DEFAULTS. Raises UsageError."""
     parser = Parser(prog="caopd.py", usage="caopd.py [--flag value ...]", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {}
     for field in dataclasses.fields(Args):
-        group, help, choices = (field.metadata[key] for key in ("group", "help", "choices"))
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        name, default = "--" + field.name.replace("_", "-"), field.default
-        if field.type is bool:
-            groups[group].add_argument(name, action="store_true", help=help)
-            continue
-        if field.type is list:
-            nargs, metavar, default = (
-                ("*", "QUESTION", None) if default is None else ("+", "PATH", []))
-            groups[group].add_argument(name, nargs=nargs, metavar=metavar, default=default,
-                                       help=help)
-            continue
-        toy, real = DEFAULTS.get(field.name, (default, default))
-        if toy != real:
-            help += f" [{toy}; with --model {real}]"
-        elif toy != "":
-            help += f" [{toy}]"
-        word = {"out": "PATH", "template_args": "JSON"}.get(field.name, "NAME")
-        metavar = None if choices else {int: "N", float: "X", str: word}[field.type]
-        groups[group].add_argument(name, type=field.type, default=default, choices=choices,
-                                   metavar=metavar, help=help)
+        name = field.metadata["group"]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        groups[name].add_argument("--" + field.name.replace("_", "-"), **argument(field))
     args = Args(**vars(parser.parse_args(argv)))
     for name, defaults in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, defaults[bool(args.model)])
     args.method = "opd,caopd" if args.method == "both" else args.method
     args.out = args.out or os.path.join("out", args.task if args.model else "toy")
-    check(args)
+    check_values(args)
+    check_together(args)
     return args
 
 
-def check(args: Args) -> None:
-    """Refuses what cannot work before anything is loaded or written."""
+def check_values(args: Args) -> None:
+    """Refuses flags whose value cannot work, whatever the others say."""
     def require(wish: str, holds: Callable, *names: str):
         for name in names:
             if not holds(getattr(args, name)):
@@ -1373,6 +1317,12 @@ def check(args: Args) -> None:
     if not isinstance(parse_json(args.template_args, "--template-args"), dict):
         raise UsageError(f"--template-args {args.template_args}: it should be a JSON object, such "
                          'as {"enable_thinking": false}')
+    if args.track and find_spec(args.track) is None:
+        raise UsageError(f"--track {args.track}: it is not installed; pip install {args.track}")
+
+
+def check_together(args: Args) -> None:
+    """Refuses flags that cannot work together."""
     methods = [METHODS[name] for name in args.method.split(",")]
     if any(m.confidence is leave_one_out or m.standardize for m in methods) and args.rollouts < 2:
         raise UsageError(f"--rollouts 1: {args.method} compares the rollouts of a prompt")
@@ -1390,8 +1340,6 @@ def check(args: Args) -> None:
                          "model with adapters of its own, and takes next to no memory")
     if any(method.reference for method in methods) and args.teacher_device == "cpu":
         raise UsageError("--method caopd-sc samples from the teacher: leave out --teacher-device")
-    if args.track and find_spec(args.track) is None:
-        raise UsageError(f"--track {args.track}: it is not installed; pip install {args.track}")
     graded = args.task == "arithmetic" or bool(args.train) or args.ask is not None
     if bool(args.train) != bool(args.eval) or not graded:
         raise UsageError(f"--task {args.task} needs both --train FILE.jsonl and --eval FILE.jsonl, "
@@ -1745,23 +1693,12 @@ def finished(out: Path, identity: dict) -> dict | None:
     return results if there else None
 
 
-def print_tables(results: dict, args: Args, out: Path) -> None:
-    """Prints every table of a run."""
-    print(f"\n{table(results)}\n\n{readout_table(results)}\n\n{grade_table(results)}\n\n"
-          f"{diagram(results)}")
-    if args.paper_samples:
-        print(f"\nAs the paper evaluates, temperature 0.6 and top-p 0.95, {args.paper_samples} "
-              f"answers a question:\n{table({n: row['paper'] for n, row in results.items()})}")
-    print(f"\nEverything is in {out} (results.json, metrics.jsonl, samples.jsonl, the models).")
-    if others := [name for name in METHODS if name not in results and (out / name).is_dir()]:
-        print(f"Also there, from other commands and not in these results: {', '.join(others)}.")
-
-
 def run(args: Args) -> dict:
     """Everything, from flags to table; returns what results.json holds of the models.
 
     A command that has been given before and is finished shows its results again.
     """
+    from show import print_tables  # here, since show.py imports this file
     began, device, out = time.perf_counter(), pick_device(args.device), Path(args.out)
     args = replace(args, dtype=pick_dtype(args, device))
     if origin := find_model(args.model):

@@ -1,11 +1,11 @@
-"""Watch the algorithm, and ask the models it made: --explain and --ask of caopd.py.
+"""What the user sees: the tables of a run, and --explain and --ask of caopd.py.
 
     python caopd.py --explain "47*8"         one question through Algorithm 1, token by token
     python caopd.py --ask "47*8" "12+34"     every model in --out, side by side
 
-All that is printed comes out of the trainer's own functions, and nothing is written to disk. Both
-take the models in --out, and --model first where it is given. Models that were made from a real
-one are asked with the flags of their run, --model among them.
+Both take the models in --out, and --model first where it is given. Models that were made from a
+real one are asked with the flags of their run, --model among them. All that is printed comes out of
+the trainer's own functions, and nothing is written to disk.
 """
 
 import json
@@ -24,13 +24,90 @@ import torch
 from torch import Tensor
 
 import data
-from caopd import (METHODS, VALUES, Args, Group, Method, Rollout, Target, TokenLoss, UsageError,
-                   add_references, choose_losses, confidence_distribution, eq7, find_model, fitting,
-                   group_advantages, held_out_share, hidden_states, load_model, loss_masks,
-                   make_targets, make_task, mu_hat, pick_device, pick_dtype, rollout,
-                   rollout_sampling, seeded, title)
+from caopd import (COLUMNS, METHODS, PAPER, VALUES, Args, Group, Method, Rollout, Target, TokenLoss,
+                   UsageError, add_references, choose_losses, confidence_distribution, eq7,
+                   find_model, fitting, group_advantages, held_out_share, hidden_states, load_model,
+                   loss_masks, make_targets, make_task, mu_hat, number, pick_device, pick_dtype,
+                   rollout, rollout_sampling, seeded, title)
 from data import Example, Tokenizer, Wording
 from model import Config, SharedPrefix, Transformer
+
+# -------------------------------------------------------------------------- the tables of a run
+
+
+def print_tables(results: dict, args: Args, out: Path) -> None:
+    """Prints every table of a run."""
+    print(f"\n{table(results)}\n\n{readout_table(results)}\n\n{grade_table(results)}\n\n"
+          f"{diagram(results)}")
+    if args.paper_samples:
+        print(f"\nAs the paper evaluates, temperature {PAPER['temperature']} and top-p "
+              f"{PAPER['top_p']}, {args.paper_samples} answers a question:\n"
+              f"{table({name: row['paper'] for name, row in results.items()})}")
+    print(f"\nEverything is in {out} (results.json, metrics.jsonl, samples.jsonl, the models).")
+    if others := [name for name in METHODS if name not in results and (out / name).is_dir()]:
+        print(f"Also there, from other commands and not in these results: {', '.join(others)}.")
+
+
+def table(results: dict) -> str:
+    """The metrics of each model with their standard errors over questions, a row a model."""
+    lines = [f"{'':18}" + "".join(f"{column:>12}" for column in COLUMNS.values())]
+    for name, row in results.items():
+        cells = (f"{number(row[key], '+' if key == 'ocg' else '')} ±{number(row['stderr'][key])}"
+                 for key in COLUMNS)
+        lines.append(f"{title(name):18}" + "".join(f"{cell:>12}" for cell in cells))
+    return "\n".join(lines)
+
+
+def readout_table(results: dict) -> str:
+    """ECE / Brier / SPR of each readout, then what the best prompt-level confidence would score.
+
+    Where OPD is there: how much of Brier's gap from OPD to that floor is closed.
+    """
+    words = "stated", "greedy", "expected", "floor / ceiling", "gap closed"
+    lines = [f"{'ECE / Brier / SPR':18}" + "".join(f"{word:>20}" for word in words)]
+    for name, row in results.items():
+        cells = [" / ".join(number(figures[key]) for key in ("ece", "brier", "spr"))
+                 for figures in row["readouts"].values()]
+        if best := row.get("oracle"):
+            cells.append(f"{number(best['brier'])} / {number(best['spr'])}")
+        if best and "opd" in results and results["opd"]["brier"] > best["brier"]:
+            worst, gap = results["opd"]["brier"], results["opd"]["brier"] - best["brier"]
+            closed = ((worst - row["readouts"][key]["brier"]) / gap
+                      for key in ("stated", "expected"))
+            cells.append(" / ".join(f"{share:.0%}" for share in closed))
+        lines.append(f"{title(name):18}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)
+
+
+def grade_table(results: dict) -> str:
+    """Accuracy / mean confidence by grade, a row a grade."""
+    grades = next(iter(results.values()))["by_grade"]
+    lines = [f"{'accuracy / confidence':22}" + "".join(f"{title(name):>17}" for name in results)]
+    for grade in grades:
+        cells = [row["by_grade"][grade] for row in results.values()]
+        lines.append(f"{grade[:20]:22}" + "".join(
+            f"{c['accuracy']:>10.2f} / {c['mean_confidence']:.2f}" for c in cells))
+    return "\n".join(lines)
+
+
+def diagram(results: dict, width: int = 16) -> str:
+    """Reliability as text: █ is a bin's accuracy, │ its mean confidence, then its share."""
+    lines = ["confidence   " + "".join(f"{title(name):<{width + 8}}" for name in results)]
+    for i in range(9, -1, -1):
+        cells = []
+        for row in results.values():
+            b, total = row["reliability"][i], sum(b["count"] for b in row["reliability"])
+            bar, share = [" "] * (width + 1), " " * 7
+            if b["count"]:
+                bar[:round(b["accuracy"] * width)] = "█" * round(b["accuracy"] * width)
+                bar[round(b["confidence"] * width)] = "│"
+                share = f"{b['count'] / total:>5.0%}  "
+            cells.append("".join(bar) + share)
+        lines.append(f"{i / 10:.1f} to {(i + 1) / 10:.1f}   " + "".join(cells))
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------- what --explain and --ask share
 
 
 def run(args: Args) -> None:

@@ -28,6 +28,7 @@ import caopd
 import data
 import files
 import model
+import show
 from caopd import (METHODS, AdamW, Args, Group, Rollout, Sampling, Stage, Target, UsageError,
                    accumulate_gradient, calibration, ema_update, make_targets, parse_args)
 from files import BadInput
@@ -147,7 +148,7 @@ def test_a_gap_of_nothing_can_be_printed():
     figures = dict.fromkeys(("ece", "brier", "spr"), 0.0)
     row = {"brier": 0.0, "oracle": figures,
            "readouts": dict.fromkeys(("stated", "greedy", "expected"), figures)}
-    assert "OPD" in caopd.readout_table({"opd": row})
+    assert "OPD" in show.readout_table({"opd": row})
 
 
 # ----------------------------------------------------------------------------- models and worlds
