@@ -205,50 +205,57 @@ REPLACEMENTS = "completion", "demonstration", "instruction"
 
 def make_targets(group: Group, confidences: list[float] | None, advantages: list[float],
                  tokenizer: Tokenizer, wording: Wording, context: str | None,
-                 replace: Collection[str] = REPLACEMENTS) -> list[Target]:
+                 places: Collection[str] = REPLACEMENTS) -> list[Target]:
     """Step 3 of Algorithm 1: ỹ = (a, μ̂) for the student, and z̃, which states μ̂, for the teacher.
 
     confidences: a value for each rollout, or None, which leaves completions as they were sampled
     (OPD). A truncated completion has no c to replace and stays as it is.
     context: "demo", "solution", or None for a method without a teacher.
-    replace: where μ̂ is stated: in the completion, in the demonstration that z shows, in z's
-    instruction. The paper does all three.
+    places: where μ̂ is stated, of REPLACEMENTS: in the completion, in the demonstration that z
+    shows, in z's instruction. The paper does all three.
     Returns a Target for each context that the group's rollouts are scored with. A rollout without
     one (`solution` finds no other correct rollout) is left out.
     """
     scored = []  # of each rollout: ids, how many of them are I_a, truncated, advantage
     for k, (rollout, advantage) in enumerate(zip(group.rollouts, advantages)):
-        if confidences is None or rollout.truncated or "completion" not in replace:
+        if confidences is None or rollout.truncated or "completion" not in places:
             ids, n = rollout.ids, data.split_completion(tokenizer, rollout.ids)[0]
         else:
             ids, n = data.replace_confidence(tokenizer, rollout.ids, confidences[k])
         scored.append((tuple(ids), n, rollout.truncated, advantage))
 
     told = None if confidences is None else fmean(confidences)
-    shown, instructed = (told if place in replace else None for place in REPLACEMENTS[1:])
-    everyone, targets = range(len(scored)), []
-    if context is None:
-        contexts = [(None, everyone)]
-    elif context == "demo":  # a demonstration in z is sure of itself, as the paper's are
-        contexts = [(data.stated(group.example.demo, 1.0 if shown is None else shown), everyone)]
-    else:
-        contexts = [(solution_text(group.rollouts[k], shown, tokenizer), readers)
-                    for k, readers in solutions(group)]
-    for demo, members in contexts:
+    shown, instructed = (told if place in places else None for place in REPLACEMENTS[1:])
+    targets = []
+    for demo, readers in demonstrations(group, context, shown, tokenizer):
         teacher_prompt = [] if demo is None else tokenizer.chat(
             data.teacher_messages(group.example, wording, demo, report=instructed))
-        counts = Counter(scored[k] for k in members)
+        counts = Counter(scored[k] for k in readers)
         completions, lengths, truncated, advantages = map(list, zip(*counts))
         targets.append(Target(group.prompt, teacher_prompt, [list(ids) for ids in completions],
                               list(counts.values()), lengths, truncated, advantages))
     return targets
 
 
-def solution_text(solution: Rollout, shown: float | None, tokenizer: Tokenizer) -> str:
-    """A correct rollout as the teacher reads it: as it was sampled, or with μ̂ in place of c."""
-    if shown is None:
-        return solution.text
-    return tokenizer.decode(data.replace_confidence(tokenizer, solution.ids, shown)[0])
+def demonstrations(group: Group, context: str | None, shown: float | None,
+                   tokenizer: Tokenizer) -> list[tuple[str | None, Sequence[int]]]:
+    """What z demonstrates, each with the rollouts whose teacher reads it; None without a teacher.
+
+    shown: the confidence to state in it, or None, which leaves it sure of itself, as the paper's
+    demonstrations are, or, in a solution, as it was sampled.
+    """
+    everyone = range(len(group.rollouts))
+    if context is None:
+        return [(None, everyone)]
+    if context == "demo":
+        return [(data.stated(group.example.demo, 1.0 if shown is None else shown), everyone)]
+    found = []
+    for k, readers in solutions(group):
+        solution = group.rollouts[k]
+        text = solution.text if shown is None else tokenizer.decode(
+            data.replace_confidence(tokenizer, solution.ids, shown)[0])
+        found.append((text, readers))
+    return found
 
 
 def solutions(group: Group) -> list[tuple[int, list[int]]]:
@@ -586,8 +593,7 @@ def summarize(groups: list[Group], targets: list[Target], loss: np.ndarray) -> d
 
 
 def pick_samples(groups: list[Group], step: int, count: int = 4) -> list[dict]:
-    """About `count` rollouts of a step for samples.jsonl, from other places of the batch each step.
-    """
+    """Rows of samples.jsonl: about `count` rollouts of a step, of other prompts at every step."""
     stride = max(1, len(groups) // count)
     return [{"question": group.example.question, "answer": data.answer_part(rollout.text).strip(),
              "confidence": rollout.confidence, "mu_hat": mu_hat(group)[0],
@@ -692,7 +698,7 @@ def ema_update(teacher: Transformer, student: Transformer, rate: float,
 
     An offloaded teacher's weights visit the student's device, where the generator is.
     """
-    for average, weight in zip(teacher.parameters(), student.parameters()):
+    for average, weight in averages(teacher, student).values():
         value = average.to(weight.device).float().lerp_(weight.float(), rate)
         store(average, value, generator)
 
@@ -1368,11 +1374,17 @@ def settings(args: Args, stage: str, task: Task) -> dict:
     return {"stage": stage, "questions": task.fingerprint} | chosen
 
 
+SAMPLED = 4  # Sampling keeps keys and values alone: it takes 4 times --micro-tokens at once.
+
+
 def rollout_sampling(args: Args) -> Sampling:
     return Sampling(args.max_new_tokens, args.temperature, 1.0, SAMPLED * args.micro_tokens)
 
 
-SAMPLED = 4  # sampling keeps keys and values alone: it takes this many times --micro-tokens at once
+def eval_sampling(args: Args) -> Sampling:
+    """How evaluation and --ask sample."""
+    return replace(rollout_sampling(args), temperature=args.eval_temperature,
+                   top_p=args.eval_top_p)
 
 
 def pick_device(name: str) -> torch.device:
@@ -1503,7 +1515,7 @@ def memory_needed(config: Config, prompts: list[int], args: Args) -> dict[str, f
         model = Transformer(config)
     weights, in_layers = (sum(p.numel() for p in part.parameters())
                           for part in (model, model.model.layers))
-    computed = 2 if args.dtype == "bfloat16" else 4  # bytes of a number where it is computed with
+    computed = bytes_computed(args)
     exact = computed == 4 or args.rounding == "nearest" or args.lora_rank > 0
     stored = 4 if exact else 2  # bytes of a weight that is learned
     learned, frozen, cast = weights, 0, 0 if stored == computed else computed * weights
@@ -1512,35 +1524,47 @@ def memory_needed(config: Config, prompts: list[int], args: Args) -> dict[str, f
         learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
         frozen, cast = weights, 0
     averaged = weights - in_layers if args.teacher_device == "cpu" else learned
+    optimizer, teacher = 8 * learned, averaged * stored
 
     longest = max(prompts) + args.rollouts * args.max_new_tokens  # tokens of a prompt and its K
     step = longest * max(args.prompts, args.sft_documents if args.sft_steps else 0)  # at most
     tokens = max(longest, min(args.micro_tokens, step))
-    layer = activation_bytes(config, longest, args.rollouts, args.max_new_tokens,
-                             getattr(torch, args.dtype))
-    layers, kept = config.num_hidden_layers, config.num_hidden_layers * layer
+    layers, layer = config.num_hidden_layers, activation_bytes(
+        config, longest, args.rollouts, args.max_new_tokens, getattr(torch, args.dtype))
+    kept = layers * layer  # bytes of a token, for its gradient
     if args.recompute:
         kept = layers * computed * config.hidden_size + layer
     losing = tokens * kept + 6 * 4 * LOGITS_AT_ONCE + (0 if args.recompute else cast)
-    cache = 2 * computed * layers * config.num_key_value_heads * config.head_dim  # bytes a token
     updating = 16 * config.vocab_size * config.hidden_size if stored == 2 else 0  # in float32
-    optimizer, teacher = 8 * learned, averaged * stored
-
-    def sampling(questions: int, samples: int) -> float:
-        """Of keys and values, and of what the draw of a token holds."""
-        each = max(prompts) + samples * args.max_new_tokens
-        sampled = max(each, min(SAMPLED * args.micro_tokens, questions * each))
-        rows = sampled * samples / (min(prompts) + samples * args.max_new_tokens)
-        # A row's logits are there as they are computed, in float32, and twice in float64.
-        drawing = rows * config.vocab_size * (computed + 4 + 8 + 8)
-        return sampled * cache + max(tokens * layer, drawing) + cast
-
+    prefill = tokens * layer
+    rolling = sampling_bytes(config, prompts, args.prompts, args.rollouts, prefill, args) + cast
     # Evaluating begins when teacher and optimizer have gone.
     samples = max(args.eval_samples, args.paper_samples, args.oracle)
-    evaluating = sampling(args.eval_questions, samples) - teacher - optimizer
-    working = max(losing, updating, sampling(args.prompts, args.rollouts), evaluating)
-    held = frozen * computed + learned * 2 * stored + optimizer
-    return {"weights, gradient and optimizer": held, "teacher": teacher, "working memory": working}
+    evaluating = sampling_bytes(config, prompts, args.eval_questions, samples, prefill, args) + (
+        cast - teacher - optimizer)
+    return {"weights, gradient and optimizer": frozen * computed + learned * 2 * stored + optimizer,
+            "teacher": teacher, "working memory": max(losing, updating, rolling, evaluating)}
+
+
+def bytes_computed(args: Args) -> int:
+    """Bytes of a number where it is computed with."""
+    return 2 if args.dtype == "bfloat16" else 4
+
+
+def sampling_bytes(config: Config, prompts: list[int], questions: int, samples: int,
+                   prefill: float, args: Args) -> float:
+    """Bytes of keys and values, and of what reading the prompts or drawing a token holds.
+
+    questions, samples: how many, and completions of each; prefill: bytes of reading the prompts.
+    """
+    computed = bytes_computed(args)
+    each = max(prompts) + samples * args.max_new_tokens
+    sampled = max(each, min(SAMPLED * args.micro_tokens, questions * each))
+    cache = 2 * computed * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    rows = sampled * samples / (min(prompts) + samples * args.max_new_tokens)
+    # A row's logits are there as they are computed, in float32, and twice in float64.
+    drawing = rows * config.vocab_size * (computed + 4 + 8 + 8)
+    return sampled * cache + max(prefill, drawing)
 
 
 def memory_free(device: torch.device) -> float:
@@ -1654,17 +1678,11 @@ def make_results(start: Path, config: Config, tokenizer: Tokenizer, task: Task, 
                  device: torch.device, out: Path) -> dict:
     """Trains every method from the base model in `start`; the figures of it and of each."""
     from share import model_card  # here, since share.py imports this file
-    results, sampling = {}, replace(rollout_sampling(args), temperature=args.eval_temperature,
-                                    top_p=args.eval_top_p)
+    results = {}
     for name in ("base", *args.method.split(",")):
         model, started = load_model(start, config, args, device), time.perf_counter()
         if name == "base":
-            weights = sum(p.numel() for p in model.parameters())
-            learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            adapters = f", {learned:,} of them in adapters," if learned < weights else ""
-            print(f"{args.model or 'The embedded world'}: {weights:,} parameters{adapters} in "
-                  f"{args.dtype} on {device}, {len(task.held_out)} {args.split} questions, "
-                  f"seed {args.seed}.")
+            print(introduction(model, task, args))
         else:
             train(model, name, tokenizer, task, args, out)
             save(model, tokenizer, out / name)
@@ -1672,14 +1690,24 @@ def make_results(start: Path, config: Config, tokenizer: Tokenizer, task: Task, 
                 model.save_adapter(out / name / "adapter", args.model or str(start))
         trained = {"seconds": time.perf_counter() - started}
         results[name] = trained | evaluate(
-            model, tokenizer, task.held_out, task.wording, sampling, args.seed, args.eval_samples,
-            args.oracle, args.paper_samples, name)
+            model, tokenizer, task.held_out, task.wording, eval_sampling(args), args.seed,
+            args.eval_samples, args.oracle, args.paper_samples, name)
         directory = start if name == "base" else out / name
         if directory.parent == out:  # a base that was not made here has its own card
             card = model_card(name, results, settings(args, name, task), args)
             write_text(directory / "README.md", card)
         del model  # one student and one teacher at a time
     return results
+
+
+def introduction(model: Transformer, task: Task, args: Args) -> str:
+    """What is trained, where, and what it is asked."""
+    weights = sum(p.numel() for p in model.parameters())
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapters = f", {learned:,} of them in adapters," if learned < weights else ""
+    return (f"{args.model or 'The embedded world'}: {weights:,} parameters{adapters} in "
+            f"{args.dtype} on {model.device}, {len(task.held_out)} {args.split} questions, seed "
+            f"{args.seed}.")
 
 
 def finished(out: Path, identity: dict) -> dict | None:

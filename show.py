@@ -26,9 +26,9 @@ from torch import Tensor
 import data
 from caopd import (COLUMNS, METHODS, PAPER, VALUES, Args, Group, Method, Rollout, Target, TokenLoss,
                    UsageError, add_references, choose_losses, confidence_distribution, eq7,
-                   find_model, fitting, group_advantages, held_out_share, hidden_states, load_model,
-                   loss_masks, make_targets, make_task, mu_hat, number, pick_device, pick_dtype,
-                   rollout, rollout_sampling, seeded, title)
+                   eval_sampling, find_model, fitting, group_advantages, held_out_share,
+                   hidden_states, load_model, loss_masks, make_targets, make_task, mu_hat, number,
+                   pick_device, pick_dtype, rollout, rollout_sampling, seeded, title)
 from data import Example, Tokenizer, Wording
 from model import Config, SharedPrefix, Transformer
 
@@ -229,8 +229,7 @@ def ask(texts: list[str], sources: dict[str, Path], tokenizer: Tokenizer, config
 def replies(model: Transformer, tokenizer: Tokenizer, examples: list[Example],
             args: Args) -> list[Reply]:
     """Asks each example K = --rollouts times, as --eval-temperature and --eval-top-p say."""
-    sampling = replace(rollout_sampling(args), temperature=args.eval_temperature,
-                       top_p=args.eval_top_p)
+    sampling = eval_sampling(args)
     generator = seeded(args.seed, "ask", 0, model.device)
     groups = rollout(model, tokenizer, examples, wording(args), args.rollouts, sampling, generator)
     p = confidence_distribution(model.for_inference(), tokenizer, groups, sampling.tokens_at_once)
