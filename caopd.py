@@ -12,7 +12,8 @@ Algorithm 1 repairs that with one change, step 3, and the order of this file is 
 
 METHODS, after step 4, says in a row what tells one method from another: OPD is the same without
 step 3, GRPO has a reward in place of a teacher. `train` is the loop. Behind it stand the optimizer,
-checkpoints, evaluation, the command line and main. One device, one process, one update a batch.
+the supervised stage that makes the base model, logs and checkpoints, evaluation, the command line
+and main. There is one process, one device, and one update for each batch.
 
     python caopd.py                                   the embedded world, from nothing to the table
     python caopd.py --model DIR --task arithmetic     the same on a real model
@@ -183,7 +184,7 @@ class Target:
     """What is learned from one prompt: the student reads x, the teacher (x, z) or (x, z̃).
 
     Both score the same completions, which share the keys and values of the prompt. Rollouts that
-    came out the same are one completion: it is computed once and counts as often.
+    came out the same are one completion, which is computed once and weighs as much as all of them.
     """
 
     prompt: list[int]
@@ -549,6 +550,10 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         stage.save_if_due(step)
 
 
+REMEDY = ("try a lower learning rate (--lr, --sft-lr), a lower --clip or --dtype float32, or "
+          "another --model; the last checkpoint is as it was")
+
+
 @contextmanager
 def finite_logits(where: str, tokenizer: Tokenizer) -> Iterator[None]:
     """Raises UsageError for logits that are not finite: where it was, after what, what to try."""
@@ -557,10 +562,6 @@ def finite_logits(where: str, tokenizer: Tokenizer) -> Iterator[None]:
     except NotFinite as error:
         text = tokenizer.decode(error.prompt)[-200:]
         raise UsageError(f"{where}: the logits after {text!r} are not finite; {REMEDY}") from None
-
-
-REMEDY = ("try a lower learning rate (--lr, --sft-lr), a lower --clip or --dtype float32, or "
-          "another --model; the last checkpoint is as it was")
 
 
 def choose_losses(method: Method, args: "Args") -> tuple[TokenLoss, TokenLoss]:
@@ -606,14 +607,15 @@ def pick_samples(groups: list[Group], step: int, count: int = 4) -> list[dict]:
 # bfloat16 has 8 bits of mantissa: an AdamW step of relative size 1e-5, or 0.01 of it for the EMA,
 # would round to nothing. With --rounding nearest, student and teacher keep float32 master weights,
 # which Linear casts where it uses them. With --rounding stochastic they keep bfloat16 alone, and a
-# sum is rounded up or down at random, up with the share of the gap it has passed: right on average.
+# value between two bfloat16 numbers becomes one of them at random, the nearer one more often, so
+# that it is right on average.
 
 
 class AdamW:
     """AdamW with gradient clipping. Moments are float32; a weight's gradient has its own dtype.
 
     Weight decay is for matrices alone: norms and biases have none, as in the reference trainers.
-    Weights without a gradient, such as those under an adapter, are left alone.
+    Frozen weights, such as those under an adapter, are left alone.
     """
 
     def __init__(self, model: Transformer, weight_decay: float, clip: float):
@@ -761,7 +763,7 @@ def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: "Args"
 
 # --------------------------------------------------------------- logs, checkpoints and warnings
 
-TROUBLE = {  # figure of a step: when something is wrong, and what to try
+TROUBLE = {  # by a figure of a step: when it tells of trouble, and what to say then
     "format": (lambda share: share < 0.5, "over half of the completions state no confidence; a "
                "teacher that drifts does that (--teacher-rate 0), and so does a model that never "
                "learned the format (--sft-steps)"),
@@ -781,7 +783,7 @@ TROUBLE = {  # figure of a step: when something is wrong, and what to try
 
 @dataclass
 class Logged:
-    """What a line of metrics.jsonl and of samples.jsonl has."""
+    """What every line of metrics.jsonl and of samples.jsonl has."""
 
     stage: str
     step: int = within(0, 2 ** 63)
@@ -799,7 +801,7 @@ class Stage:
 
     def __init__(self, name: str, out: Path, settings: dict, tensors: dict[str, Tensor],
                  save_every: int, track: str = ""):
-        self.name, self.settings, self.save_every = name, settings, save_every
+        self.name, self.save_every = name, save_every
         self.metrics, self.samples = out / "metrics.jsonl", out / "samples.jsonl"
         (out / name).mkdir(parents=True, exist_ok=True)
         self.tracker, self.next_look, self.warned = None, 0.0, set()
@@ -870,6 +872,7 @@ class Stage:
                        f"mu_hat {sample['mu_hat']:.2f}, {'right' * sample['correct'] or 'wrong'}")
 
     def save_if_due(self, step: int) -> None:
+        """Saves a checkpoint after every --save-every steps, and after the last one."""
         if (step + 1) % self.save_every == 0 or step + 1 == self.total:
             self.checkpoint.save(step + 1)
 
@@ -1082,8 +1085,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
 def oracle(mu: np.ndarray, correct: np.ndarray, samples: int) -> dict:
     """What the best prompt-level confidence, c = μ(x), would score.
 
-    μ(x) is estimated from `samples` other answers to each question.
-
+    mu: μ̂(x) of each answer's question, [N], from `samples` other answers; correct: [N].
     Brier is the floor E[μ(1 − μ)], unbiased, since E[μ̂(1 − μ̂)] = (1 − 1/N) μ(1 − μ). SPR and ECE
     are those of μ̂ itself, whose scatter can lower SPR and, by breaking ties, raise it: neither is a
     bound. theory/prompt_level.py has both yardsticks exactly.
@@ -1113,8 +1115,9 @@ RUN, DISTILL, SAMPLE, BASE, TOY, EVAL, HARDWARE = (
     "what to run", "distillation", "lengths and sampling", "supervised stage (makes the base)",
     "the embedded world's transformer", "evaluation", "hardware")
 
-# What a flag decides: the base model and everything after it, or what a method makes of the base.
-# Checkpoints and a base are taken up again only where every flag that decides them is the same.
+# What a flag decides: ALL, the base model and with it everything else; METHOD, what a method makes
+# of the base; or NOTHING of what training makes. A checkpoint or a base is taken up again only
+# where every flag that decides it is the same.
 ALL, METHOD, NOTHING = "all", "method", "nothing"
 
 TRACKERS = "wandb", "trackio", "tensorboard"
@@ -1413,7 +1416,7 @@ def pick_dtype(args: Args, device: torch.device) -> str:
 
 
 def find_model(name: str) -> Path | None:
-    """A directory as it is; a hub name through huggingface_hub; None for the embedded world."""
+    """The model's directory, which is downloaded for a hub name; None for the embedded world."""
     if not name:
         return None
     if os.path.isdir(name):  # Path.is_dir raises where a name is too long.
@@ -1646,7 +1649,8 @@ def load_model(source: Path | None, config: Config, args: Args,
 
 
 def save(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
-    """A Hugging Face directory; config.json goes first and comes last: what has one is complete."""
+    """Saves a Hugging Face directory. An old config.json is removed first and the new one written
+    last, so that a directory that has one is complete."""
     for outdated in (directory.parent / "results.json", directory / "config.json"):
         outdated.unlink(missing_ok=True)
     tokenizer.save_pretrained(directory)

@@ -164,9 +164,9 @@ class Kind:
     form: str
 
 
-def as_it_is(answer: str) -> str:
-    """Serves kinds whose answers need no other form."""
-    return answer
+def as_it_is(value):
+    """Serves kinds whose answers need no other form, and marks what a template pays for."""
+    return value
 
 
 # Arithmetic: the answer is the last whole number, as digits.
@@ -528,7 +528,7 @@ WIDE = re.compile(r"[%{][^a-zA-Z%{}]*(\d{5}|\*)")  # a format that asks for a gr
 
 
 def size(value: object) -> float:
-    """How much a value holds, or asks for where it is a number."""
+    """How much a template's value holds: its length, or for a number, what it may ask for."""
     if isinstance(value, (int, float)):
         return abs(value)
     return len(value) if isinstance(value, (str, list, tuple, dict)) else 0

@@ -154,7 +154,7 @@ def refuse_variants(path: Path, raw: dict) -> None:
 
 @dataclass
 class Rope:
-    """The rotary embedding of config.json, as far as all kinds have it."""
+    """What config.json says of a rotary embedding of any kind."""
 
     rope_type: str | None = None
     type: str = "default"  # the older name
@@ -168,7 +168,7 @@ class Rope:
 
 @dataclass
 class Llama3:
-    """What its scaling has on top."""
+    """What config.json says besides where the kind is llama3."""
 
     factor: float = within(1, 1e6)
     low_freq_factor: float = within(1e-6, 1e6)
@@ -182,7 +182,7 @@ class Llama3:
 
 @dataclass
 class Yarn:
-    """What its scaling has on top."""
+    """What config.json says besides where the kind is yarn."""
 
     factor: float = within(1, 1e6)
     original_max_position_embeddings: int = within(1, 2 ** 31)

@@ -13,7 +13,10 @@ ABOUT = {
     "opd": "on-policy distillation: a copy of the model that is shown the answer scores the "
            "model's own completions. It gains accuracy, and states more confidence than it earns",
     "caopd": "calibration-aware on-policy distillation: the confidence that its completions state "
-             "was replaced by the success rate of its own rollouts"}
+             "was replaced by the success rate of its own rollouts",
+    "caopd-sc": "calibration-aware on-policy distillation without a verifier: the confidence that "
+                "its completions state was replaced by how many of its own rollouts agree with an "
+                "answer of its teacher"}
 
 
 def model_card(name: str, results: dict, settings: dict, args: Args) -> str:
@@ -64,12 +67,16 @@ def figures(name: str, results: dict, args: Args) -> str:
     rows = {f"{title(n)}, {asked}": results[n] for n in dict.fromkeys(("base", name))}
     if "paper" in results[name]:
         rows[f"{title(name)}, {paper}"] = results[name]["paper"]
-    lines = [["", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
-    for label, row in rows.items():
-        lines.append([label, *(f"{number(row[key])} ± {number(row['stderr'][key])}"
-                               for key in COLUMNS)])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    cells = [[label, *(f"{number(row[key])} ± {number(row['stderr'][key])}" for key in COLUMNS)]
+             for label, row in rows.items()]
+    table = markdown(["", *COLUMNS.values()], cells)
     return f"On {results[name]['questions']} {args.split} questions:\n\n{table}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 class Tracker:

@@ -29,6 +29,7 @@ sys.path.insert(0, str(HERE.parent))
 import caopd
 import data
 from files import BadInput, write_text
+from share import markdown
 
 EXPECTED = "expected ECE", "Brier", "SPR"
 
@@ -83,11 +84,6 @@ def spread(values: list) -> str:
         return "–"
     mean = caopd.number(fmean(values))
     return mean if len(values) == 1 else f"{mean} ± {caopd.number(stdev(values))}"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def metrics(runs: list[dict]) -> list[str]:

@@ -20,7 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from caopd import METHODS, replaced_token, title
-from reliability import FORMATS, GREY, FigureError, pyplot
+from reliability import GREY, FigureError, pyplot, save
 
 WINDOW = 20  # updates that a point is the mean of
 PANELS = {  # key of metrics.jsonl: the panel's title, and its vertical axis
@@ -108,8 +108,8 @@ def draw_panel(axes, files: list[dict], names: list[str], key: str) -> None:
     negative = any(line.get_ydata().min() < 0 for line in axes.lines)
     low, high = (0, 1.03) if key in SHARES else (low if negative else 0, high)
     axes.set(ylim=(low, high), xlim=(0, None), xlabel="update", ylabel=PANELS[key][1])
-    places = spread_apart([y for _, y, _ in ends.values()], 0.09 * (high - low), high) \
-        if ends else []
+    heights = [y for _, y, _ in ends.values()]
+    places = spread_apart(heights, 0.09 * (high - low), high) if ends else []
     for (name, (x, _, color)), y in zip(ends.items(), places):
         axes.annotate(label(name, key), (x, y), xytext=(5, 0), textcoords="offset points",
                       color=color, va="center", fontsize=8.5, annotation_clip=False)
@@ -121,8 +121,6 @@ def draw_panel(axes, files: list[dict], names: list[str], key: str) -> None:
 
 def draw(files: list[dict], path: Path) -> None:
     """Writes the figure: six panels over the updates."""
-    if path.suffix not in FORMATS:
-        raise FigureError(f"{path}: the figure's name should end in {', '.join(FORMATS)}")
     names = [name for name in METHODS if any(name in seed for seed in files)]
     if not names:
         raise FigureError("no method in these files; give the metrics.jsonl of a run")
@@ -131,10 +129,7 @@ def draw(files: list[dict], path: Path) -> None:
     for axes, key in zip(grid.flat, PANELS):
         draw_panel(axes, files, names, key)
     figure.tight_layout(w_pad=2.5, h_pad=1.8)
-    try:
-        figure.savefig(path, dpi=140)
-    except OSError as error:
-        raise FigureError(f"{path}: cannot be written ({error.strerror})") from None
+    save(figure, path)
 
 
 def main() -> int:

@@ -54,6 +54,16 @@ def pyplot():
     return plt
 
 
+def save(figure, path: Path) -> None:
+    """Writes a figure in the format that the name of its file ends in."""
+    if path.suffix not in FORMATS:
+        raise FigureError(f"{path}: the figure's name should end in {', '.join(FORMATS)}")
+    try:
+        figure.savefig(path, dpi=140)
+    except OSError as error:
+        raise FigureError(f"{path}: cannot be written ({error.strerror})") from None
+
+
 def percent(share: float) -> str:
     return "<1" if 0 < share < 0.005 else f"{100 * share:.0f}"
 
@@ -119,8 +129,6 @@ def draw_panel(figure, upper, lower, name: str, row: dict) -> tuple:
 
 def draw(models: dict[str, dict], path: Path) -> None:
     """Writes the figure: the panels side by side, at most four in a row."""
-    if path.suffix not in FORMATS:
-        raise FigureError(f"{path}: the figure's name should end in {', '.join(FORMATS)}")
     plt = pyplot()
     rows = math.ceil(len(models) / IN_A_ROW)
     columns = math.ceil(len(models) / rows)
@@ -139,10 +147,7 @@ def draw(models: dict[str, dict], path: Path) -> None:
         if place == 0:
             above.text(0.52, 0.55, "calibrated", rotation=45, rotation_mode="anchor",
                        transform_rotates_text=True, fontsize=8, color="0.35")
-    try:
-        figure.savefig(path, dpi=140)
-    except OSError as error:
-        raise FigureError(f"{path}: cannot be written ({error.strerror})") from None
+    save(figure, path)
 
 
 def main() -> int:

@@ -1544,7 +1544,8 @@ def test_a_checkpoint_of_other_settings_is_not_taken(tmp_path):
         stage(fresh, args)
     path = tmp_path / "opd/checkpoint.safetensors"
     tensors = load_file(path)
-    name, good = next(iter(tensors)), {"step": "1", "settings": json.dumps(first.settings)}
+    name, good = next(iter(tensors)), {"step": "1",
+                                       "settings": json.dumps(first.checkpoint.settings)}
     for changed, metadata, words in [
             ({}, {}, "no `settings`"), ({}, good | {"step": "-1"}, "`step` should be"),
             ({}, good | {"step": "x"}, "not JSON"), ({}, good | {"settings": "[]"}, "an object"),
