@@ -593,9 +593,9 @@ def summarize(groups: list[Group], targets: list[Target], loss: np.ndarray) -> d
         "left_out": len(rollouts) - sum(sum(target.counts) for target in targets)}
 
 
-def pick_samples(groups: list[Group], step: int, count: int = 4) -> list[dict]:
-    """Rows of samples.jsonl: about `count` rollouts of a step, of other prompts at every step."""
-    stride = max(1, len(groups) // count)
+def pick_samples(groups: list[Group], step: int) -> list[dict]:
+    """Rows of samples.jsonl: about 4 rollouts of a step, from other places of it at every step."""
+    stride = max(1, len(groups) // 4)
     return [{"question": group.example.question, "answer": data.answer_part(rollout.text).strip(),
              "confidence": rollout.confidence, "mu_hat": mu_hat(group)[0],
              "correct": rollout.correct}
@@ -932,22 +932,23 @@ def bin_of(confidence: np.ndarray, bins: int) -> np.ndarray:
     return np.minimum((confidence * bins + 1e-9).astype(int), bins - 1)
 
 
-def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 10) -> list[dict]:
-    """The reliability diagram: count, mean confidence and accuracy of each bin, NaN if empty."""
+def reliability(confidence: np.ndarray, correct: np.ndarray) -> list[dict]:
+    """The reliability diagram: count, mean confidence and accuracy of 10 bins, NaN if empty."""
     parsed = ~np.isnan(confidence)
     c, r = confidence[parsed], correct[parsed]
-    members = [bin_of(c, bins) == b for b in range(bins)]
+    members = [bin_of(c, 10) == b for b in range(10)]
     return [{"count": int(m.sum()), "confidence": float(c[m].mean()) if m.any() else math.nan,
              "accuracy": float(r[m].mean()) if m.any() else math.nan} for m in members]
 
 
-def bootstrap(confidence: np.ndarray, correct: np.ndarray, resamples: int = 200) -> dict:
-    """Standard error of each figure of `calibration`: questions, drawn anew with replacement.
+def bootstrap(confidence: np.ndarray, correct: np.ndarray) -> dict:
+    """Standard error of each figure of `calibration`: over 200 draws of the questions, with
+    replacement.
 
     confidence, correct: [Q, S], S answers to each of Q questions.
     """
     rng, drawn = np.random.default_rng(0), []
-    for _ in range(resamples):
+    for _ in range(200):
         rows = rng.integers(len(correct), size=len(correct))
         drawn.append(calibration(confidence[rows].ravel(), correct[rows].ravel()))
     errors = {}
@@ -1148,10 +1149,10 @@ class Args:
                     "or out/TASK with --model)")
     overwrite: bool = flag(RUN, NOTHING, False, "do again what --out has the results of already")
     seed: int = flag(RUN, ALL, 0, "seed of everything random")
-    explain: list = flag(RUN, NOTHING, None, "follow a question, such as 47*8, or one of the "
-                         "held-out ones, through Algorithm 1; nothing is trained")
     track: str = flag(RUN, NOTHING, "", "also send figures and samples to one of these, which has "
                       "to be installed", TRACKERS)
+    explain: list = flag(RUN, NOTHING, None, "follow a question, such as 47*8, or one of the "
+                         "held-out ones, through Algorithm 1; nothing is trained")
     ask: list = flag(RUN, NOTHING, None, "ask the models in --out these questions, or those of "
                      "standard input; nothing is trained")
 
@@ -1443,12 +1444,16 @@ def make_task(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
     if last >= config.vocab_size:
         raise UsageError(f"{tokenizer.origin}: its token {last} is outside the model's vocabulary "
                          f"of {config.vocab_size}: tokenizer and weights do not belong together")
-    if not args.train:
-        task = data.arithmetic_task(args.seed, args.eval_questions, bool(args.model), args.split)
-        every_grade = task.held_out + task.draw(64, "lengths", 0)
-        fitting(every_grade, tokenizer, task.wording, config, replace(args, skip_long=False))
-        return task
+    if args.train:
+        return task_of_files(tokenizer, config, args)
+    task = data.arithmetic_task(args.seed, args.eval_questions, bool(args.model), args.split)
+    every_grade = task.held_out + task.draw(64, "lengths", 0)
+    fitting(every_grade, tokenizer, task.wording, config, replace(args, skip_long=False))
+    return task
 
+
+def task_of_files(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
+    """The questions of --train, and those of --eval or the share of --train that is held out."""
     def read(paths: list[str]) -> list[Example]:
         examples = [example for path in paths for example in data.load_jsonl(path, args.task)]
         return fitting(examples, tokenizer, data.WORDS, config, args)

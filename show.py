@@ -90,8 +90,9 @@ def grade_table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def diagram(results: dict, width: int = 16) -> str:
+def diagram(results: dict) -> str:
     """Reliability as text: █ is a bin's accuracy, │ its mean confidence, then its share."""
+    width = 16  # of an accuracy of 1
     lines = ["confidence   " + "".join(f"{title(name):<{width + 8}}" for name in results)]
     for i in range(9, -1, -1):
         cells = []
