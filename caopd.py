@@ -776,9 +776,10 @@ TROUBLE = {  # by a figure of a step: when it tells of trouble, and what to say 
               "solution a correct one)"),
     "truncated": (lambda share: share > 0.5, "over half of the completions are cut off; raise "
                   "--max-new-tokens"),
-    "copied": (lambda share: share < 0.5, "the teacher does not state the confidence that it is "
-               "shown, and what it teaches instead is its own; keep it as it was "
-               "(--teacher-rate 0), or learn the value itself (--method caopd-direct)")}
+    "copied": (lambda share: share < 0.95, "the teacher would not write over a twentieth of the "
+               "tokens that state the confidence it is shown, and what it teaches there is its "
+               "own; keep it as it was (--teacher-rate 0), or learn the value itself (--method "
+               "caopd-direct)")}
 
 
 @dataclass

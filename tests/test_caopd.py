@@ -1443,7 +1443,9 @@ def test_a_run_that_falls_apart_says_so_once(tmp_path, capsys):
     run(tmp_path, "--method", "opd", "--max-new-tokens", "2", "--temperature", "5")
     printed = capsys.readouterr().out
     assert printed.count("state no confidence") == printed.count("are cut off") == 1
-    assert "opd, step 0: over half" in printed
+    assert "opd, step 0: over half" in printed and "confidence it is shown" not in printed
+    run(tmp_path, "--method", "caopd")  # whose teacher has hardly been taught to copy
+    assert capsys.readouterr().out.count("confidence it is shown") == 1
 
 
 def test_weights_that_overflow_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path, capsys,
