@@ -768,9 +768,9 @@ TROUBLE = {  # by a figure of a step: when it tells of trouble, and what to say 
                "teacher that drifts does that (--teacher-rate 0), and so does a model that never "
                "learned the format (--sft-steps)"),
     "collapse": (lambda share: share > 0.95, "nearly all completions state one and the same "
-                 "confidence, though some questions go better than others; OPD ends there, and "
-                 "CaOPD does where its teacher no longer reports what it is told "
-                 "(--teacher-rate 0, --method caopd-direct)"),
+                 "confidence, though some questions go better than others; OPD ends there, CaOPD "
+                 "may pass through it early, and one that stays has a teacher that no longer "
+                 "reports what it is told (--teacher-rate 0, --method caopd-direct)"),
     "moved": (lambda share: share == 0, "no update has moved a weight so far; raise --lr, or give "
               "the method something to learn from (GRPO needs rollouts that differ, --context "
               "solution a correct one)"),
