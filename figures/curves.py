@@ -1,7 +1,8 @@
 """Draws how training went: accuracy, confidence, losses and format over the updates.
 
     python figures/curves.py METRICS.jsonl ... [--out OUT.png]    by default curves.png beside it
-    python figures/curves.py experiments/curves/*.jsonl           the README's figure, untrained
+    python figures/curves.py experiments/curves/*.jsonl --out figures/curves.png
+                                                                  RESULTS.md's figure, untrained
 
 Each file is the metrics.jsonl of one seed. A line is a method's mean over the seeds, and the shade
 goes from the lowest seed to the highest; points are means over 20 updates. The losses are the two
