@@ -1321,8 +1321,8 @@ def check_values(args: Args) -> None:
     require("between 0 and 1", lambda x: 0 <= x <= 1, "teacher_rate", "sft_noise", "sft_answers")
     require("a multiple of 8 (the embedded world's transformer has 4 heads)", lambda n: n % 8 == 0,
             "width")
-    require("one or several of " + ", ".join(METHODS) + ", separated by commas, or both",
-            lambda text: set(text.split(",")) <= METHODS.keys(), "method")
+    require("one or several of " + ", ".join(METHODS) + ", each once, separated by commas, or both",
+            lambda text: len(set(text.split(",")) & METHODS.keys()) == text.count(",") + 1, "method")
     require("one or several of " + ", ".join(REPLACEMENTS) + ", separated by commas",
             lambda text: set(text.split(",")) <= set(REPLACEMENTS), "replace")
     if not isinstance(parse_json(args.template_args, "--template-args"), dict):
