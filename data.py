@@ -523,7 +523,7 @@ def strftime_now(format: str) -> str:
 
 
 LONGEST = 10 ** 6  # characters that a template may write, or have in one value
-FUEL = 10 ** 5  # what it may do: calls, turns of loops, outputs and assignments
+FUEL = 2 * 10 ** 4  # what it may do: calls, turns of loops, outputs and assignments
 WIDE = re.compile(r"[%{][^a-zA-Z%{}]*(\d{5}|\*)")  # a format that asks for a great width
 
 
