@@ -1,4 +1,4 @@
-"""The experiments of RESULTS.md in the embedded world, one command each, several seeds.
+"""Experiments in the embedded world, one command each, several seeds. RESULTS.md has what was run.
 
     python experiments/run.py default      what `python caopd.py` does, for every seed
     python experiments/run.py methods      every row of METHODS, from the same base

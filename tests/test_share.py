@@ -63,23 +63,29 @@ def test_the_base_model_is_named_where_it_has_a_name(out, model, base):
     assert yaml.safe_load(card.split("---\n")[1]) == front_matter(card)
 
 
-@pytest.mark.slow
-def test_a_saved_model_answers_in_the_reference_library_with_the_same_tokens(out):
+def assert_the_reference_library_answers_the_same(ours: Transformer, saved: Path,
+                                                  chats: list[list[dict]], length: int) -> None:
+    """`ours` against what transformers makes of the directory it was saved in: greedy tokens."""
     transformers = pytest.importorskip("transformers")
-    tokenizer = data.Tokenizer.from_pretrained(out / "caopd")
-    ours = Transformer.from_pretrained(out / "caopd", dtype=torch.float32)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "caopd", dtype=torch.float32)
-    template = transformers.AutoTokenizer.from_pretrained(out / "caopd")
-    examples = data.arithmetic_task(0, 40, words=False).held_out
-    chats = [data.student_messages(example, data.SYMBOLS) for example in examples]
+    tokenizer = data.Tokenizer.from_pretrained(saved)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    template = transformers.AutoTokenizer.from_pretrained(saved)
     prompts = [tokenizer.chat(chat) for chat in chats]
-    completions = generate(ours, prompts, 16, temperature=0, eos_ids=tokenizer.eos_ids)
+    completions = generate(ours, prompts, length, temperature=0, eos_ids=tokenizer.eos_ids)
     for chat, prompt, ids in zip(chats, prompts, completions):
         assert template.apply_chat_template(chat, add_generation_prompt=True, tokenize=True,
                                             return_dict=False) == prompt
-        whole = theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)
+        whole = theirs.generate(torch.tensor([prompt]), max_new_tokens=length, do_sample=False)
         assert whole[0, len(prompt):].tolist() == ids
         assert template.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
+
+
+@pytest.mark.slow
+def test_a_saved_model_answers_in_the_reference_library_with_the_same_tokens(out):
+    ours = Transformer.from_pretrained(out / "caopd", dtype=torch.float32)
+    examples = data.arithmetic_task(0, 40, words=False).held_out
+    chats = [data.student_messages(example, data.SYMBOLS) for example in examples]
+    assert_the_reference_library_answers_the_same(ours, out / "caopd", chats, 16)
 
 
 # ----------------------------------------------------------------------------- trackers

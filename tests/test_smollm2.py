@@ -12,6 +12,7 @@ import torch
 import caopd
 from data import Tokenizer
 from model import Transformer, generate
+from test_share import assert_the_reference_library_answers_the_same
 
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif("CAOPD_SMOLLM2" not in os.environ,
@@ -58,22 +59,11 @@ def test_greedy_completions_and_logits_are_the_reference_librarys():
 
 
 def test_what_we_save_answers_in_the_reference_library_with_the_same_tokens(tmp_path):
-    transformers = pytest.importorskip("transformers")
     directory = os.environ["CAOPD_SMOLLM2"]
     model = Transformer.from_pretrained(directory, dtype=torch.float32)
-    tokenizer = Tokenizer.from_pretrained(directory)
     with torch.no_grad():  # as after training: other weights than it came with
         for weight in model.parameters():
             weight.mul_(1 + 1e-3 * torch.randn(weight.shape, generator=torch.manual_seed(0)))
-    caopd.save(model, tokenizer, tmp_path / "saved")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved",
-                                                               dtype=torch.float32)
-    template = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    caopd.save(model, Tokenizer.from_pretrained(directory), tmp_path / "saved")
     chats = [[{"role": "user", "content": text}] for text in PROMPTS["facts"]]
-    prompts = [tokenizer.chat(chat) for chat in chats]
-    ours = generate(model, prompts, 24, temperature=0, eos_ids=tokenizer.eos_ids)
-    for chat, prompt, ids in zip(chats, prompts, ours):
-        assert template.apply_chat_template(chat, add_generation_prompt=True, tokenize=True,
-                                            return_dict=False) == prompt
-        reply = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
-        assert reply[0, len(prompt):].tolist() == ids
+    assert_the_reference_library_answers_the_same(model, tmp_path / "saved", chats, 24)
