@@ -456,7 +456,7 @@ class Method:
     title: str
     confidence: Callable[[Group], list[float]] | None  # replaces the stated one; None: as sampled
     answer_loss: TokenLoss  # on I_a; for `kl`, the divergence that --divergence chooses
-    confidence_loss: TokenLoss  # on I_c; for `kl`, that of --confidence-divergence
+    confidence_loss: TokenLoss  # on I_c; for `kl`, --confidence-divergence if c is replaced
     reward: Callable[[Rollout], float] | None = None  # for the policy gradient
     standardize: bool = False  # divide advantages by their standard deviation
     teacher: bool = True  # score with the network that also sees z
@@ -565,9 +565,14 @@ def finite_logits(where: str, tokenizer: Tokenizer) -> Iterator[None]:
 
 
 def choose_losses(method: Method, args: "Args") -> tuple[TokenLoss, TokenLoss]:
-    """The method's losses on I_a and on I_c, with the flags' divergences where they are a KL."""
-    on_answer = DIVERGENCES[args.divergence]
-    on_confidence = DIVERGENCES[args.confidence_divergence or args.divergence]
+    """The method's losses on I_a and on I_c, with the flags' divergences where they are a KL.
+
+    OPD has one divergence, that of Eq. 2. On a replaced confidence Eq. 7 has the same one, which
+    goes to a mode of mu_hat and may stay at 0; the released code's forward KL keeps its mean.
+    """
+    on_answer = on_confidence = DIVERGENCES[args.divergence]
+    if method.confidence is not None:
+        on_confidence = DIVERGENCES[args.confidence_divergence]
     return (on_answer if method.answer_loss is kl else method.answer_loss,
             on_confidence if method.confidence_loss is kl else method.confidence_loss)
 
@@ -1174,8 +1179,9 @@ class Args:
     clip: float = flag(DISTILL, ALL, 1.0, "largest gradient norm")
     divergence: str = flag(DISTILL, METHOD, "reverse", "of the answer: KL(student||teacher) as in "
                            "Eq. 2, KL(teacher||student), or Jensen-Shannon", tuple(DIVERGENCES))
-    confidence_divergence: str = flag(DISTILL, METHOD, "", "of the stated confidence (default: the "
-                                      "same)", tuple(DIVERGENCES))
+    confidence_divergence: str = flag(DISTILL, METHOD, "forward", "of a replaced confidence: "
+                                      "reverse is Eq. 7's and goes to a mode of mu_hat, forward "
+                                      "the released code's and keeps its mean", tuple(DIVERGENCES))
     teacher_rate: float = flag(DISTILL, METHOD, None, "EMA rate of the teacher, a step: 0 is a "
                                "frozen teacher, 1 the live student")
     context: str = flag(DISTILL, METHOD, "demo", "privileged context z: a demonstration (SDFT), or "

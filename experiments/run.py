@@ -18,6 +18,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from itertools import permutations
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -29,6 +30,7 @@ sys.path.insert(0, str(HERE.parent))
 import caopd
 import data
 from files import BadInput, write_text
+from model import Transformer
 from share import markdown
 
 EXPECTED = "expected ECE", "Brier", "SPR"
@@ -109,12 +111,13 @@ def default(out: Path, seeds: list[int]) -> tuple[str, dict]:
                              for seed in seeds})
 
 
+EQ7 = "--confidence-divergence", "reverse"  # Eq. 7 as it is written
+
+
 def methods(out: Path, seeds: list[int]) -> tuple[str, dict]:
-    """Every method from the same base, with the default schedule."""
-    others = [name for name in caopd.METHODS if name not in DEFAULT.split(",")]
-    return table_of_methods({
-        seed: cell(out, seed, "default", "--method", DEFAULT)
-        | cell(out, seed, "others", "--method", ",".join(others)) for seed in seeds})
+    """Every method from the same base, with the default schedule and the paper's reverse KL."""
+    return table_of_methods({seed: cell(out, seed, "methods", "--method", ",".join(caopd.METHODS),
+                                        *EQ7) for seed in seeds})
 
 
 def table_of_methods(runs: dict[int, dict]) -> tuple[str, dict]:
@@ -130,12 +133,13 @@ def table_of_methods(runs: dict[int, dict]) -> tuple[str, dict]:
 
 
 def grid(out: Path, seeds: list[int], cells: dict[str, list[str]]) -> tuple[str, dict]:
-    """A row for each cell, flags by name, of the one method that its flags name."""
-    runs = {name: {seed: cell(out, seed, name, *flags) for seed in seeds}
-            for name, flags in cells.items()}
-    rows = []
+    """A row for each cell, flags by name, which begin with the one method that is trained."""
+    runs, rows = {}, []
     for name, flags in cells.items():
-        method = flags[flags.index("--method") + 1]
+        method = flags[1]
+        made_anyway = len(flags) == 2 and method in DEFAULT.split(",")
+        where = ("default", "--method", DEFAULT) if made_anyway else (name, *flags)
+        runs[name] = {seed: cell(out, seed, *where) for seed in seeds}
         its = [run[method] for run in runs[name].values()]
         floor = spread([run["oracle"]["brier"] for run in its])
         rows.append([name, *metrics(its), *expected(its), floor])
@@ -146,18 +150,21 @@ def grid(out: Path, seeds: list[int], cells: dict[str, list[str]]) -> tuple[str,
 def rollouts(out: Path, seeds: list[int]) -> tuple[str, dict]:
     """CaOPD with K rollouts a prompt, and always 128 completions a step."""
     return grid(out, seeds, {
-        f"caopd, K = {k}": ["--method", "caopd", "--rollouts", str(k), "--prompts", str(128 // k)]
+        f"caopd, K = {k}": ["--method", "caopd", "--rollouts", str(k), "--prompts", str(128 // k),
+                            *EQ7]
         for k in (1, 2, 4, 8, 16, 32)})
 
 
 def divergence(out: Path, seeds: list[int]) -> tuple[str, dict]:
-    """The loss on I_c, while I_a keeps the reverse KL."""
-    cells = {f"{kind} KL": ["--method", "caopd", "--confidence-divergence", kind]
-             for kind in caopd.DIVERGENCES}
-    cells["cross-entropy"] = ["--method", "caopd-direct"]
-    cells["cross-entropy, leave one out"] = ["--method", "caopd-direct-loo"]
-    cells["OPD, forward KL everywhere"] = ["--method", "opd", "--divergence", "forward"]
-    return grid(out, seeds, cells)
+    """The loss on a replaced confidence, while I_a keeps the reverse KL; OPD has one for both."""
+    return grid(out, seeds, {
+        "CaOPD, reverse KL": ["--method", "caopd", *EQ7],
+        "CaOPD, Jensen-Shannon": ["--method", "caopd", "--confidence-divergence", "jsd"],
+        "CaOPD, forward KL": ["--method", "caopd"],
+        "cross-entropy": ["--method", "caopd-direct"],
+        "cross-entropy, leave one out": ["--method", "caopd-direct-loo"],
+        "OPD, reverse KL": ["--method", "opd"],
+        "OPD, forward KL": ["--method", "opd", "--divergence", "forward"]})
 
 
 def ablation(out: Path, seeds: list[int]) -> tuple[str, dict]:
@@ -166,7 +173,7 @@ def ablation(out: Path, seeds: list[int]) -> tuple[str, dict]:
     The embedded world has no words, and so no instruction to leave out.
     """
     return grid(out, seeds, {
-        f"caopd, {places}": ["--method", "caopd", "--replace", places]
+        f"caopd, {places}": ["--method", "caopd", "--replace", places, *EQ7]
         for places in ("completion,demonstration", "completion", "demonstration")})
 
 
@@ -174,7 +181,7 @@ def drift(out: Path, seeds: list[int]) -> tuple[str, dict]:
     """CaOPD trained twice as long, with a teacher that stays and with one that follows."""
     return grid(out, seeds, {
         f"caopd, 1200 updates, teacher rate {rate}": [
-            "--method", "caopd", "--steps", "1200", "--teacher-rate", rate]
+            "--method", "caopd", "--steps", "1200", "--teacher-rate", rate, *EQ7]
         for rate in ("0", "0.0035")})
 
 
@@ -182,54 +189,60 @@ SIDES = {"additions": tuple(grade for grade in data.GRADES if "+" in grade),
          "multiplications": tuple(grade for grade in data.GRADES if "*" in grade)}
 
 
-def stages(out: Path, seed: int, name: str, order: list[str]) -> dict:
-    """Trains on each side in turn; the metrics on both sides before, between and after."""
-    kept = out / f"seed{seed}" / "cells" / f"{name} {' '.join(order)}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    cell(out, seed, "default", "--method", DEFAULT)  # makes the base
-    base, tokenizer = out / f"seed{seed}" / "base", data.toy_tokenizer()
-    args = caopd.parse_args(["--seed", str(seed), "--dtype", "float32"])
-    model = caopd.load_model(base, None, args, torch.device("cpu"))
-    sampling, history = caopd.Sampling(args.max_new_tokens), {}
-    for stage in ["base", *order]:
-        grades = SIDES.get(stage, tuple(data.GRADES))
-        task = data.arithmetic_task(seed, 0, words=False, grades=grades)
-        if stage != "base":
-            caopd.train(model, name, tokenizer, task, args, kept.with_suffix("") / stage)
-        history[stage] = {}
+def trained(out: Path, seed: int, name: str, sides: tuple[str, ...]) -> Path:
+    """The directory of the model that method `name` makes of the base, trained on each of these
+    sides in turn. It is made where it is missing, from the model of all sides but the last."""
+    directory = out / f"seed{seed}" / "stages" / " ".join((name, *sides))
+    if not sides:
+        cell(out, seed, "default", "--method", DEFAULT)  # makes the base
+        return out / f"seed{seed}" / "base"
+    if not (directory / "config.json").exists():
+        # A side has half of the grades: with half of the updates each is asked as often as ever.
+        args = caopd.parse_args(["--seed", str(seed), "--dtype", "float32", "--steps", "300"])
+        start = trained(out, seed, name, sides[:-1])
+        model = caopd.load_model(start, None, args, torch.device("cpu"))
+        task = data.arithmetic_task(seed, 0, words=False, grades=SIDES[sides[-1]])
+        caopd.train(model, name, data.toy_tokenizer(), task, args, directory)
+        caopd.save(model, data.toy_tokenizer(), directory)
+    return directory
+
+
+def tested(out: Path, seed: int, name: str, sides: tuple[str, ...]) -> dict[str, dict]:
+    """The metrics of that model on each side, 1,000 held-out questions each, kept like a cell."""
+    kept = out / f"seed{seed}" / "cells" / f"{' '.join((name, *sides))}.json"
+    if not kept.exists():
+        model, figures = Transformer.from_pretrained(trained(out, seed, name, sides)), {}
         for side, grades in SIDES.items():
-            asked = data.arithmetic_task(seed, 1000, words=False, eval_grades=grades).held_out
-            history[stage][side] = caopd.evaluate(model, tokenizer, asked, task.wording, sampling,
-                                                  seed, oracle_samples=8, name=name)
-    write_text(kept, caopd.to_json(history))
-    return history
+            task = data.arithmetic_task(seed, 1000, words=False, eval_grades=grades)
+            figures[side] = caopd.evaluate(model, data.toy_tokenizer(), task.held_out, task.wording,
+                                           caopd.eval_sampling(caopd.parse_args([])), seed,
+                                           name=name)
+        write_text(kept, caopd.to_json(figures))
+    return json.loads(kept.read_text())
 
 
-def table_of_stages(out: Path, seeds: list[int], orders: list[list[str]]) -> tuple[str, dict]:
-    names = ("opd", "caopd", "caopd-direct")
-    runs = {f"{name}: {', then '.join(order)}": {seed: stages(out, seed, name, order)
-                                                for seed in seeds}
-            for name in names for order in orders}
+def table_of_stages(out: Path, seeds: list[int],
+                    orders: list[tuple[str, ...]]) -> tuple[str, dict]:
+    """A row for each method, order of sides to train on, and side to test on."""
+    runs = {f"{caopd.title(name)}, {' then '.join(sides) or 'not trained'}":
+            {seed: tested(out, seed, name, sides) for seed in seeds}
+            for sides in orders for name in (("opd", "caopd") if sides else ("base",))}
     rows = []
     for label, by_seed in runs.items():
-        last = list(next(iter(by_seed.values())))[-1]
         for side in SIDES:
-            its = [history[last][side] for history in by_seed.values()]
+            its = [figures[side] for figures in by_seed.values()]
             rows.append([label, side, *metrics(its), *expected(its)])
-    header = ["trained on", "tested on", *caopd.COLUMNS.values(), *EXPECTED]
-    return markdown(header, rows), runs
+    return markdown(["trained on", "tested on", *caopd.COLUMNS.values(), *EXPECTED], rows), runs
 
 
 def transfer(out: Path, seeds: list[int]) -> tuple[str, dict]:
     """Out of distribution: train on one side, test on both."""
-    return table_of_stages(out, seeds, [["additions"], ["multiplications"]])
+    return table_of_stages(out, seeds, [(), *((side,) for side in SIDES)])
 
 
 def continual(out: Path, seeds: list[int]) -> tuple[str, dict]:
     """Train on one side, then on the other, with the same settings and no replay."""
-    return table_of_stages(out, seeds, [["additions", "multiplications"],
-                                        ["multiplications", "additions"]])
+    return table_of_stages(out, seeds, list(permutations(SIDES)))
 
 
 EXPERIMENTS = {f.__name__: f for f in (default, methods, rollouts, divergence, ablation, drift,

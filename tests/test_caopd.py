@@ -804,10 +804,10 @@ def plain_copies(teacher: Transformer, targets: list[Target], skip_tokens: int) 
 
 @pytest.mark.parametrize("name, flags, skip, at_once", [
     ("caopd", [], 0, 2 ** 24), ("caopd", [], 3, 40), ("caopd", ["--divergence", "forward"], 1, 100),
-    ("caopd", ["--divergence", "jsd"], 0, 20),
-    ("caopd", ["--divergence", "jsd", "--confidence-divergence", "forward"], 0, 100),
+    ("caopd", ["--divergence", "jsd", "--confidence-divergence", "jsd"], 0, 20),
+    ("caopd", ["--divergence", "jsd", "--confidence-divergence", "reverse"], 0, 100),
     ("caopd-direct", [], 0, 60), ("sampled", [], 0, 60), ("vopd", [], 1, 60),
-    ("caopd-vopd", ["--confidence-divergence", "forward"], 0, 60), ("rlcr", [], 2, 60)])
+    ("caopd-vopd", ["--confidence-divergence", "reverse"], 0, 60), ("rlcr", [], 2, 60)])
 def test_shared_prompts_and_chunks_change_neither_loss_nor_gradient(world, monkeypatch, name, flags,
                                                                     skip, at_once):
     _, tokenizer, task, student, teacher = world
@@ -818,9 +818,8 @@ def test_shared_prompts_and_chunks_change_neither_loss_nor_gradient(world, monke
         group, method.confidence and method.confidence(group), [0.3, -1.0, 2.0, -0.5], tokenizer,
         task.wording, "demo" if method.teacher else None)]
     losses = caopd.choose_losses(method, args)
-    kinds = ("divergence", "confidence_divergence")
-    if flags and name == "caopd":
-        chosen = [getattr(args, kind) or args.divergence for kind in kinds]
+    if name == "caopd":
+        chosen = [args.divergence, args.confidence_divergence]
         assert list(losses) == [caopd.DIVERGENCES[kind] for kind in chosen]
     *ours, copied = accumulate_gradient(student, teacher, targets, *losses, skip, 1.0)
     assert copied == (0 if teacher is None else plain_copies(teacher, targets, skip))
@@ -830,6 +829,20 @@ def test_shared_prompts_and_chunks_change_neither_loss_nor_gradient(world, monke
                                                       0.5))
     g_plain = gradient(student, (0.5 * sum(plain)).backward)
     assert_same_gradient(g, g_plain)
+
+
+@pytest.mark.parametrize("kind", caopd.DIVERGENCES)
+def test_the_divergence_of_the_confidence_is_that_of_a_replaced_one_alone(kind):
+    """OPD has the one divergence of Eq. 2, whatever is chosen for a confidence that is replaced."""
+    for flags in (["--divergence", kind], ["--confidence-divergence", kind]):
+        args = parse_args([*TINY, *flags])
+        opd, ours = (caopd.choose_losses(METHODS[name], args) for name in ("opd", "caopd"))
+        assert opd == (caopd.DIVERGENCES[args.divergence],) * 2
+        assert ours == (caopd.DIVERGENCES[args.divergence],
+                        caopd.DIVERGENCES[args.confidence_divergence])
+    assert parse_args([]).confidence_divergence == "forward"
+    direct = caopd.choose_losses(METHODS["caopd-direct"], args)
+    assert direct == (caopd.kl, caopd.replaced_token)
 
 
 def nothing(student_logits: torch.Tensor, *_) -> torch.Tensor:
@@ -924,13 +937,13 @@ def test_what_differs_in_its_parts_is_not_merged(world):
 NO_REWARD = (None, False)  # and so not standardized
 SPECIFIED = {  # what replaces c, the losses on I_a and I_c, the reward
     "opd": (None, caopd.kl, caopd.kl, NO_REWARD),
-    "caopd": (caopd.mu_hat, caopd.kl, caopd.kl, NO_REWARD),
-    "caopd-sc": (caopd.self_consistency, caopd.kl, caopd.kl, NO_REWARD),
+    "caopd": (caopd.mu_hat, caopd.kl, caopd.forward_kl, NO_REWARD),
+    "caopd-sc": (caopd.self_consistency, caopd.kl, caopd.forward_kl, NO_REWARD),
     "caopd-direct": (caopd.mu_hat, caopd.kl, caopd.replaced_token, NO_REWARD),
     "caopd-direct-loo": (caopd.leave_one_out, caopd.kl, caopd.replaced_token, NO_REWARD),
     "sampled": (None, caopd.sampled_kl, caopd.sampled_kl, NO_REWARD),
     "vopd": (None, caopd.vopd, caopd.vopd, NO_REWARD),
-    "caopd-vopd": (caopd.mu_hat, caopd.vopd, caopd.kl, NO_REWARD),
+    "caopd-vopd": (caopd.mu_hat, caopd.vopd, caopd.forward_kl, NO_REWARD),
     "grpo": (None, caopd.policy_gradient, caopd.policy_gradient, (caopd.correctness, True)),
     "rlcr": (None, caopd.policy_gradient, caopd.policy_gradient,
              (caopd.calibrated_correctness, False))}
@@ -1317,7 +1330,7 @@ def test_end_to_end_both_methods(tmp_path, capsys):
     ("opd", ["--teacher-rate", "0", "--micro-tokens", "64"]),
     ("caopd", ["--dtype", "bfloat16", "--rounding", "stochastic"]),
     ("opd", ["--skip-tokens", "99"]), ("grpo", ["--skip-tokens", "99"]),
-    ("caopd-vopd", ["--confidence-divergence", "forward", "--weight-decay", "0.1"])])
+    ("caopd-vopd", ["--confidence-divergence", "reverse", "--weight-decay", "0.1"])])
 def test_each_method_alone_and_its_variants(tmp_path, method, flags):
     results = run(tmp_path, "--method", method, *flags)
     assert set(results) == {"base", method, "settings", "inputs", "seconds"}
