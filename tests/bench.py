@@ -336,16 +336,27 @@ def qwen3(size: str) -> Config:
                   max_position_embeddings=40960, tie_word_embeddings=tied)
 
 
+def moved(student: Transformer) -> Transformer:
+    """A teacher that is not the student: every weight that is learned is a little off."""
+    teacher = caopd.make_teacher(student, "same")
+    for average, weight in zip(teacher.parameters(), student.parameters()):
+        if weight.requires_grad:
+            average.add_(torch.randn_like(average), alpha=0.02)
+    return teacher
+
+
 def whole_step(config: Config, flags: argparse.Namespace,
-               args: caopd.Args) -> tuple[int, float, float]:
-    """The number of weights, and seconds of the last round's rollout and of its update: loss,
-    gradient, AdamW and EMA, for a student and a teacher with random weights."""
+               args: caopd.Args) -> tuple[int, int, float, float]:
+    """The numbers of weights and of those that are learned, and seconds of the last round's
+    rollout and of its update: loss, gradient, AdamW and EMA, for a student with random weights."""
     device, dtype = torch.device(flags.device), getattr(torch, flags.dtype)
     with torch.device(device):
         torch.set_default_dtype(dtype)
-        model, teacher = Transformer(config), Transformer(config).requires_grad_(False)
+        model = Transformer(config)
         torch.set_default_dtype(torch.float32)
-    model.recompute = args.recompute
+    if args.lora_rank:
+        model.add_adapters(args.lora_rank, 2 * args.lora_rank)
+    model.recompute, teacher = args.recompute, moved(model)
     optimizer = caopd.AdamW(model, args.weight_decay, args.clip)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -357,7 +368,8 @@ def whole_step(config: Config, flags: argparse.Namespace,
     for _ in range(flags.rounds + 1):
         sampling, update = random_step(model, teacher, flags.prompt, K, flags.new)
         update += seconds(follow, device, 1)
-    return sum(p.numel() for p in model.parameters()), sampling, update
+    learned = sum(weight.numel() for weight in optimizer.parameters.values())
+    return sum(p.numel() for p in model.parameters()), learned, sampling, update
 
 
 def shape_args(flags: argparse.Namespace, *extra: str) -> caopd.Args:
@@ -376,9 +388,10 @@ def read_bytes(config: Config, flags: argparse.Namespace, weights: int) -> float
     return flags.new * getattr(torch, flags.dtype).itemsize * (weights + cached)
 
 
-def update_operations(weights: int, tokens: int) -> float:
-    """2 a weight and token: of the student's pass, of its gradient twice, of the teacher's pass."""
-    return 2 * weights * 4 * tokens
+def update_operations(weights: int, learned: int, tokens: int) -> float:
+    """2 a weight and token: of the student's pass, of its gradient (once to go on to what stands
+    before, and once for the weight itself where it is learned), of the teacher's pass."""
+    return 2 * (3 * weights + learned) * tokens
 
 
 def shape(config: Config, flags: argparse.Namespace, args: caopd.Args) -> dict:
@@ -392,13 +405,13 @@ def shape(config: Config, flags: argparse.Namespace, args: caopd.Args) -> dict:
     rate, bandwidth = matrix_rate(dtype, device), memory_rate(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    weights, sampling, update = whole_step(config, flags, args)
+    weights, learned, sampling, update = whole_step(config, flags, args)
     read = read_bytes(config, flags, weights)
     return figures | {
         "peak": peak_memory(device), "rollout": sampling, "update": update,
         "tokens/s": K * flags.new / sampling, "of bandwidth": read / sampling / bandwidth,
-        "of matrix rate": update_operations(weights, tokens) / update / rate, "matrix rate": rate,
-        "bandwidth": bandwidth}
+        "of matrix rate": update_operations(weights, learned, tokens) / update / rate,
+        "matrix rate": rate, "bandwidth": bandwidth}
 
 
 def shapes(flags: argparse.Namespace) -> None:
@@ -443,7 +456,8 @@ def memory(flags: argparse.Namespace) -> None:
                   for saving in SAVINGS.values()]
         with torch.device("meta"):
             weights = sum(p.numel() for p in Transformer(config).parameters())
-        read, products = read_bytes(config, flags, weights), update_operations(weights, tokens)
+        read = read_bytes(config, flags, weights)
+        products = update_operations(weights, weights, tokens)
         times = [f"{read / bandwidth:.1f} + {products / rate:.1f}"
                  for bandwidth, rate in CARDS.values()]
         rows.append([size, *(f"{need / 2 ** 30:.0f}" for need in needed), *times])

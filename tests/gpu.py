@@ -1,8 +1,8 @@
-"""Everything that a GPU must show, checked and measured by one command in at most eight minutes.
+"""Everything that a GPU must show, checked and measured by one command in about ten minutes.
 
     python tests/gpu.py                       all parts, on the first GPU
     python tests/gpu.py --parts toy,resume    some of them
-    python tests/gpu.py --device cpu          in small, in a minute: it shows that this script works
+    python tests/gpu.py --device cpu          in small, in minutes: it shows that this script works
     python tests/gpu.py --model DIR           with that model, TRL's step beside ours as well
 
 It writes a table, and the same in --json (gpu.json). Weights are random, so nothing is downloaded.
@@ -10,8 +10,9 @@ Each part runs in a process of its own: one that fails, or that leaves the devic
 none of the others. The exit code is 1 where a part failed. Without a GPU, --device is cpu.
 
     toy         `python caopd.py`: under a minute, OPD says 1.00 and ranks nothing, CaOPD is honest
-    sampler     with CUDA graphs and without, the same tokens; on a second GPU too
-    gradients   loss and gradient in float32, the CPU's
+    sampler     with CUDA graphs and without, the same tokens, greedy ones the likeliest of a plain
+                pass; on a second GPU too
+    gradients   loss and gradient in float32, the CPU's; the teacher follows the student
     bfloat16    loss and gradient in bfloat16, those in float32
     rounding    stochastic rounding is right on average, and so is an EMA on an offloaded teacher
     recompute   --recompute and --teacher-device cpu: the same loss and gradient, in less memory
@@ -20,6 +21,9 @@ none of the others. The exit code is 1 where a part failed. Without a GPU, --dev
     0.6B ...    Qwen3's shapes in bfloat16: memory, decoding as a share of the memory bandwidth, a
                 training step as a share of the rate of matrix products
     peers       transformers: the same logits, and the time of its sampler; TRL with --model
+    ...-lora    sampler (against the merged model), gradients, bfloat16, resume, memory, 0.6B ...
+                as --lora-rank has them: adapters, on weights that student and teacher share; what
+                they save in memory and time shows beside the part that learns all weights
 """
 
 import argparse
@@ -59,13 +63,26 @@ def check(holds: bool, wish: str) -> None:
 
 # -------------------------------------------------------------------------------- what parts share
 
-def random_model(device: torch.device, dtype: torch.dtype = torch.float32) -> Transformer:
-    """Random weights with shared heads, large enough to be uneven: logits spread over some nats."""
+def random_model(device: torch.device, dtype: torch.dtype = torch.float32,
+                 rank: int = 0) -> Transformer:
+    """Random weights with shared heads, large enough to be uneven: logits spread over some nats.
+
+    rank: of the adapters on them, which are float32; 0 is none.
+    """
     big = device.type == "cuda"
     hidden, layers = (512, 8) if big else (64, 2)
     torch.manual_seed(0)
     made = Transformer(Config("qwen3", TOKENS, hidden, 3 * hidden, layers, 8, 2, hidden // 8))
-    return made.to(device, dtype)
+    made = made.to(device, dtype)
+    return adapted(made, rank) if rank else made
+
+
+def adapted(made: Transformer, rank: int) -> Transformer:
+    """Gives a model adapters of this rank that have learned something; returns it."""
+    made.add_adapters(rank, alpha=2 * rank)
+    for adapter in made.adapters().values():  # At zero, B would leave A without a gradient.
+        torch.nn.init.normal_(adapter.lora_B, std=0.1)
+    return made
 
 
 def targets(prompts: int, prompt: int, samples: int, new: int) -> list[caopd.Target]:
@@ -83,21 +100,14 @@ def targets(prompts: int, prompt: int, samples: int, new: int) -> list[caopd.Tar
 
 def gradient(student: Transformer, teacher: Transformer,
              learned: list[caopd.Target]) -> tuple[float, torch.Tensor]:
-    """The loss of Eq. 7 and its gradient, float32 on the CPU, of a student that has none yet."""
+    """The loss of Eq. 7 and its gradient, float32 on the CPU, of a student that has none yet. The
+    gradient is that of the weights that it learns."""
     losses = caopd.accumulate_gradient(student, teacher, learned, caopd.kl, caopd.replaced_token,
                                        skip_tokens=0, scale=1e-3)
-    grads = [weight.grad.float().cpu().flatten() for weight in student.parameters()]
+    grads = [weight.grad.float().cpu().flatten() for weight in student.parameters()
+             if weight.requires_grad]
     student.zero_grad()
     return losses[0] + losses[1], torch.cat(grads)
-
-
-def moved(student: Transformer) -> Transformer:
-    """A teacher that is not the student: every weight a little off."""
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    generator = torch.Generator().manual_seed(2)
-    for weight in teacher.parameters():
-        weight.add_(torch.randn(weight.shape, generator=generator).to(weight) * 0.02)
-    return teacher
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -119,7 +129,8 @@ def peak(device: torch.device, work) -> float:
 
 SMALL_WORLD = ["--width", "16", "--layers", "1", "--sft-steps", "6", "--sft-documents", "8",
                "--steps", "4", "--prompts", "4", "--rollouts", "3", "--eval-questions", "24",
-               "--oracle", "0", "--paper-samples", "0", "--method", "opd,caopd"]
+               "--oracle", "0", "--paper-samples", "0", "--method", "opd,caopd",
+               "--teacher-rate", "0.1"]
 
 
 def toy(device: torch.device, flags: argparse.Namespace) -> dict:
@@ -146,13 +157,23 @@ class Plain(network.Decoder):
         self.stream = None
 
 
-def sampler(device: torch.device, flags: argparse.Namespace) -> dict:
+def shortfall(model: Transformer, prompt: list[int], completion: list[int]) -> float:
+    """How far below the likeliest token's logit those of the completion are, at most."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion], device=model.device))
+    logits = logits[0, len(prompt) - 1:-1]
+    chosen = logits[range(len(completion)), completion]
+    return (logits.max(-1).values - chosen).max().item()
+
+
+def sampler(device: torch.device, flags: argparse.Namespace, rank: int = 0) -> dict:
     figures = {}
     devices = [device] if device.type == "cpu" else [
         torch.device("cuda", i) for i in range(min(2, torch.cuda.device_count()))]
     prompts = [target.prompt for target in targets(3, 20, 1, 8)]
     for place in devices:
-        made = random_model(place)
+        made = random_model(place, rank=rank)
+        merged = Transformer.from_weights(made.config, made.merged()).to(place)
         for name, options in (("greedy", {"temperature": 0.0}), ("sampled", {"top_p": 0.95})):
             drawn = {}
             for kind, decoder in (("graph", network.Decoder), ("plain", Plain)):
@@ -164,28 +185,35 @@ def sampler(device: torch.device, flags: argparse.Namespace) -> dict:
                     drawn[kind] = draw()
                     figures[f"{name}_{kind}_s"] = bench.wait(place) - began
             check(drawn["graph"] == drawn["plain"], f"{name} tokens are the same on {place}")
+            if name == "greedy":  # The same tokens would be too much: logits may all but tie.
+                off = max(shortfall(merged, prompts[i // 4], ids)
+                          for i, ids in enumerate(drawn["graph"]))
+                check(off < 1e-3, f"they are the plain pass's likeliest, and not {off:.1e} below")
         check(len(set(map(len, drawn["plain"]))) > 1, "samples end at different lengths")
-    return figures | {"devices": len(devices)}
+    return figures | {"below_likeliest": off, "devices": len(devices)}
 
 
-def gradients(device: torch.device, flags: argparse.Namespace) -> dict:
-    student, learned = random_model(torch.device("cpu")), targets(3, 40, 4, 12)
-    if device.type == "cuda":
-        student = random_model(device).cpu()
-    teacher = moved(student)
-    loss, grad = gradient(student, teacher, learned)
-    found, its = gradient(student.to(device), teacher.to(device), learned)
+def gradients(device: torch.device, flags: argparse.Namespace, rank: int = 0) -> dict:
+    student, learned = random_model(device, rank=rank), targets(3, 40, 4, 12)
+    teacher = bench.moved(student)
+    loss, grad = gradient(copy.deepcopy(student).cpu(), copy.deepcopy(teacher).cpu(), learned)
+    found, its = gradient(student, teacher, learned)
     figures = {"loss": loss, "loss_off": abs(found / loss - 1), "gradient_off": distance(its, grad)}
     check(figures["loss_off"] < 1e-4 and figures["gradient_off"] < 1e-3, f"they agree: {figures}")
+    caopd.ema_update(teacher, student, 1.0, torch.Generator(device))
+    check(all(map(torch.equal, teacher.parameters(), student.parameters())),
+          "a teacher that follows all the way ends as the student")
     return figures
 
 
-def bfloat16(device: torch.device, flags: argparse.Namespace) -> dict:
-    student, learned = random_model(device), targets(3, 40, 4, 12)
-    teacher = moved(student)
-    loss, grad = gradient(student, teacher, learned)
-    student.compute_dtype = teacher.compute_dtype = torch.bfloat16
-    found, its = gradient(student, teacher, learned)
+def bfloat16(device: torch.device, flags: argparse.Namespace, rank: int = 0) -> dict:
+    stored = torch.bfloat16 if rank else torch.float32  # as `caopd.load_model` has it
+    student, learned = random_model(device, stored, rank), targets(3, 40, 4, 12)
+    teacher, results = bench.moved(student), []
+    for dtype in (torch.float32, torch.bfloat16):
+        student.compute_dtype = teacher.compute_dtype = dtype
+        results.append(gradient(student, teacher, learned))
+    (loss, grad), (found, its) = results
     args = caopd.parse_args(["--model", "any"])
     figures = {"loss_off": abs(found / loss - 1), "gradient_off": distance(its, grad),
                "auto": caopd.pick_dtype(args, device)}
@@ -224,7 +252,7 @@ def rounding(device: torch.device, flags: argparse.Namespace) -> dict:
 
 def recompute(device: torch.device, flags: argparse.Namespace) -> dict:
     student, learned = random_model(device), targets(4, 200, 4, 40)
-    teacher, results, figures = moved(student), {}, {}
+    teacher, results, figures = bench.moved(student), {}, {}
     variants = {"plain": (False, "same"), "recompute": (True, "same"), "offloaded": (False, "cpu")}
     for name, (again, place) in variants.items():
         student.recompute = again
@@ -241,12 +269,12 @@ def recompute(device: torch.device, flags: argparse.Namespace) -> dict:
     return figures
 
 
-def resume(device: torch.device, flags: argparse.Namespace) -> dict:
-    step = caopd.AdamW.step
+def resume(device: torch.device, flags: argparse.Namespace, rank: int = 0) -> dict:
+    step, adapters = caopd.AdamW.step, ["--lora-rank", str(rank), "--save-adapter"] * bool(rank)
 
     def ended(out: str, interrupted_at: int | None) -> torch.Tensor:
         """The weights of a run, which may be interrupted and given again."""
-        argv = ["--out", out, "--device", str(device), "--save-every", "2", *SMALL_WORLD]
+        argv = ["--out", out, "--device", str(device), "--save-every", "2", *adapters, *SMALL_WORLD]
         calls = iter(range(10 ** 6))
 
         def interrupting(*args):
@@ -285,17 +313,17 @@ def measured(config: Config, device: torch.device, dtype: str, long: bool, *extr
     return figures | {"peak/estimated": ratio}
 
 
-def memory(device: torch.device, flags: argparse.Namespace) -> dict:
+def memory(device: torch.device, flags: argparse.Namespace, rank: int = 0) -> dict:
     big = device.type == "cuda"
     config = bench.qwen3("0.6B") if big else random_model(device).config
-    return measured(config, device, "float32", big)
+    return measured(config, device, "float32", big, "--lora-rank", str(rank))
 
 
-def shape(size: str, device: torch.device, flags: argparse.Namespace) -> dict:
+def shape(size: str, device: torch.device, flags: argparse.Namespace, rank: int = 0) -> dict:
     if device.type == "cpu":
         raise Missing("it needs a GPU")
     return measured(bench.qwen3(size), device, "bfloat16", True, "--rounding", "stochastic",
-                    "--recompute")
+                    "--recompute", "--lora-rank", str(rank))
 
 
 def peers(device: torch.device, flags: argparse.Namespace) -> dict:
@@ -327,6 +355,8 @@ def peers(device: torch.device, flags: argparse.Namespace) -> dict:
 PARTS = {"toy": toy, "sampler": sampler, "gradients": gradients, "bfloat16": bfloat16,
          "rounding": rounding, "recompute": recompute, "resume": resume, "memory": memory,
          **{size: partial(shape, size) for size in bench.MEASURED}, "peers": peers}
+PARTS |= {f"{name}-lora": partial(PARTS[name], rank=16) for name in (
+    "sampler", "gradients", "bfloat16", "resume", "memory", *bench.MEASURED)}
 
 
 # -------------------------------------------------------------------------------- how they are run
@@ -369,7 +399,7 @@ def shown(value) -> str:
 def line(result: dict) -> str:
     figures = ", ".join(f"{name} {shown(value)}" for name, value in result["figures"].items())
     said = " ".join(f"{figures} {result['reason']}".split())
-    return f"{result['part']:10}{result['status']:10}{result['seconds']:6.0f} s  {said}"
+    return f"{result['part']:15}{result['status']:10}{result['seconds']:6.0f} s  {said}"
 
 
 def main(argv: list[str] | None = None) -> int:
