@@ -186,17 +186,20 @@ WINDOWS = dict(model_type="olmo3", sliding_window=3,
                layer_types=["sliding_attention", "full_attention"])
 
 
-@pytest.mark.parametrize("kind, dtype, teacher_device, recompute", [
-    (dict(model_type="qwen3"), torch.float32, "same", False),
-    (dict(model_type="qwen2", tie_word_embeddings=True), torch.float32, "cpu", True),
-    (WINDOWS, torch.float32, "same", True),
-    (WINDOWS, torch.bfloat16, "same", False),
-    (dict(model_type="llama"), torch.bfloat16, "cpu", False)], ids=str)
+@pytest.mark.parametrize("kind, dtype, teacher_device, recompute, rank", [
+    (dict(model_type="qwen3"), torch.float32, "same", False, 0),
+    (dict(model_type="qwen2", tie_word_embeddings=True), torch.float32, "cpu", True, 0),
+    (dict(model_type="qwen2"), torch.float32, "same", True, 2),
+    (WINDOWS, torch.float32, "same", True, 0),
+    (WINDOWS, torch.bfloat16, "same", False, 0),
+    (dict(model_type="llama"), torch.bfloat16, "cpu", False, 0)], ids=str)
 def test_a_step_and_an_evaluation_never_mix_devices(request, kind, dtype, teacher_device,
-                                                    recompute):
+                                                    recompute, rank):
     network = small(kind, dtype)
-    network.recompute = recompute
+    if rank:
+        gpu_script.adapted(network, rank)
     expected = everything(copy.deepcopy(network), teacher_device)
+    network.recompute = recompute
     request.getfixturevalue("gpu")
     found = everything(on_gpu(network), teacher_device)
     exact = dtype == torch.float32  # Stochastic rounding doubles the smallest of differences.
@@ -227,7 +230,8 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses(gpu, work):
 FLAGS = argparse.Namespace(device="cpu", model="")
 
 
-@pytest.mark.parametrize("part", ["gradients", "bfloat16", "rounding"])
+@pytest.mark.parametrize("part", ["gradients", "bfloat16", "rounding", "gradients-lora",
+                                  "bfloat16-lora", "sampler-lora"])
 def test_parts_of_the_gpu_script_work_in_small(part):
     result = gpu_script.outcome(part, FLAGS)
     assert result["status"] == "ok" and result["figures"], result["reason"]
