@@ -94,7 +94,8 @@ def test_a_question_is_followed_through_the_algorithm(out, capsys):
     assert f"Confidence: [1.00 → {share:.2f}]<|assistant|>" in text  # z̃, and z is as it was
     assert "<|user|>3+4=⏎7⏎Confidence: 1.00<|assistant|>" in text
     assert all(len(line) <= 100 for line in text.splitlines())
-    tables = re.findall(r"kl on I_a ([\d.]+), kl on I_c ([\d.]+)\n(.*?)\n\n", text, re.DOTALL)
+    tables = re.findall(r"kl on I_a ([\d.]+), (?:forward_)?kl on I_c ([\d.]+)\n(.*?)\n\n",
+                        text, re.DOTALL)
     assert len(tables) == 2
     for on_answer, on_confidence, table in tables:
         heading, *rows = table.splitlines()
