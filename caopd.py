@@ -13,17 +13,18 @@ Algorithm 1 repairs that with one change, step 3, and the order of this file is 
 METHODS, after step 4, says in a row what tells one method from another: OPD is the same without
 step 3, GRPO has a reward in place of a teacher. `train` is the loop. Behind it stand the optimizer,
 the supervised stage that makes the base model, logs and checkpoints, evaluation, the command line
-and main. There is one process, one device, and one update for each batch.
+and main. There is one update for each batch, by one process on one device, or by several that
+share its prompts (ranks.py).
 
     python caopd.py                                   the embedded world, from nothing to the table
     python caopd.py --model DIR --task arithmetic     the same on a real model
     python caopd.py --explain "47*8"                  one question, step by step through it
     python caopd.py --ask "47*8" "12+34"              the models that were made, side by side
     python caopd.py --help
+    torchrun --nproc-per-node 8 caopd.py ...          on 8 GPUs
 """
 
 import argparse
-import copy
 import dataclasses
 import json
 import math
@@ -34,7 +35,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import repeat
@@ -49,6 +50,7 @@ from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 import data
+import ranks
 from data import Example, Task, Tokenizer, Wording
 from files import (BadInput, Checkpoint, Unbroken, claimed, fingerprint, from_json, map_leaves,
                    parse_json, read_object, read_text, to_json, within, write_text)
@@ -446,6 +448,26 @@ def eq7(student_logits: Tensor, teacher_logits: Tensor | None, tokens: Tensor, a
     return loss
 
 
+def own_batches(costs: list[int], budget: int) -> list[list[int]]:
+    """This rank's micro-batches: indices of its share of the items, that cost at most `budget`.
+
+    All ranks have the same number of them, since all take part in each pass; the last ones of some
+    ranks are empty.
+    """
+    items = list(range(len(costs)))
+    every = []
+    for rank in range(ranks.size()):
+        its = items[rank::ranks.size()]
+        every.append([[its[i] for i in batch]
+                      for batch in micro_batches([costs[i] for i in its], budget)])
+    own = every[ranks.rank()]
+    return own + [[]] * (max(map(len, every)) - len(own))
+
+
+# What stands in for an empty micro-batch: a completion of one token, which counts 0 times.
+NOTHING_TO_LEARN = Target([0], [0], [[0]], [0], [1], [False], [0.0])
+
+
 # ------------------------------------------------------------------------------- the methods
 
 
@@ -508,7 +530,8 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         generator = seeded(args.seed, "rollout", step, student.device)
 
         # 1. Rollout: K completions y_k = (a_k, c_k) of each prompt x, verified by R(x, a_k).
-        examples = task.draw(args.prompts, "distill", step)
+        #    Each rank samples for its share of the prompts.
+        examples = ranks.share(task.draw(args.prompts, "distill", step))
         with finite_logits(f"{name}, step {step}", tokenizer):
             groups = rollout(student, tokenizer, examples, task.wording, args.rollouts, sampling,
                              generator)
@@ -516,6 +539,7 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         # 2. Empirical confidence: mu_hat(x) = (1/K) sum_k R(x, a_k), or the method's own estimate.
         if method.reference:
             add_references(groups, teacher, tokenizer, task.wording, sampling, generator)
+        groups = ranks.gather(groups)
         confidences = [method.confidence and method.confidence(group) for group in groups]
 
         # 3. Target replacement: mu_hat is stated in the completion and in the teacher's context.
@@ -528,13 +552,15 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
 
         # 4. Loss, Eq. 7, and its gradient. Eq. 2 sums over tokens: we divide by their number in
         #    the step, which keeps their proportions within a step and not between steps. AdamW
-        #    hardly sees that scale, and gradient clipping does.
+        #    hardly sees that scale, and gradient clipping does. Ranks share the targets.
         on_answer, on_confidence = (int(m.sum()) for m in loss_masks(targets, args.skip_tokens))
         num_tokens = max(1, on_answer + on_confidence)
         sums = np.zeros(3)  # loss over I_a, loss over I_c, tokens of I_c that the teacher copies
-        for batch in micro_batches([target.num_tokens for target in targets], args.micro_tokens):
-            sums += accumulate_gradient(student, teacher, [targets[i] for i in batch], answer_loss,
-                                        confidence_loss, args.skip_tokens, 1 / num_tokens)
+        for batch in own_batches([target.num_tokens for target in targets], args.micro_tokens):
+            sums += accumulate_gradient(
+                student, teacher, [targets[i] for i in batch] or [NOTHING_TO_LEARN], answer_loss,
+                confidence_loss, args.skip_tokens, 1 / num_tokens)
+        sums = ranks.total(sums)
 
         # Update: AdamW for the student, and the teacher follows as its moving average.
         generator = seeded(args.seed, "rounding", step, student.device)
@@ -578,8 +604,12 @@ def choose_losses(method: Method, args: "Args") -> tuple[TokenLoss, TokenLoss]:
 
 
 def seeded(seed: int, stage: str, step: int, device: torch.device) -> torch.Generator:
-    """Randomness that depends on seed, stage and step alone: resuming needs no random state."""
-    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {stage} {step}".encode()))
+    """Randomness that depends on seed, stage, step and rank alone: resuming needs no random state.
+
+    Rank 0's is what a single process has.
+    """
+    key = f"{seed} {stage} {step}" + (f" rank {ranks.rank()}" if ranks.rank() else "")
+    return torch.Generator(device).manual_seed(zlib.crc32(key.encode()))
 
 
 def summarize(groups: list[Group], targets: list[Target], loss: np.ndarray) -> dict:
@@ -620,7 +650,8 @@ class AdamW:
     """AdamW with gradient clipping. Moments are float32; a weight's gradient has its own dtype.
 
     Weight decay is for matrices alone: norms and biases have none, as in the reference trainers.
-    Frozen weights, such as those under an adapter, are left alone.
+    Frozen weights, such as those under an adapter, are left alone. Of a sharded model each rank
+    updates its part.
     """
 
     def __init__(self, model: Transformer, weight_decay: float, clip: float):
@@ -637,18 +668,19 @@ class AdamW:
 
         generator: for stochastic rounding.
         """
-        gradients = [weight.grad for weight in self.parameters.values()]
+        gradients = [ranks.local(weight.grad) for weight in self.parameters.values()]
         norm = torch.stack([g.norm(dtype=torch.float32) for g in gradients]).norm()
+        norm = ranks.total_norm(norm)
         shrink = (self.clip / (norm + 1e-6)).clamp(max=1.0)
-        for name, weight in self.parameters.items():
-            m, v = self.moments[name]
+        for (name, weight), gradient in zip(self.parameters.items(), gradients):
+            weight, m, v = map(ranks.local, (weight, *self.moments[name]))
             value = weight.detach().float()  # the weight itself, where it is float32
-            adamw([value], [weight.grad.mul_(shrink).float()], [m], [v], [],
+            adamw([value], [gradient.mul_(shrink).float()], [m], [v], [],
                   [torch.full((), float(step), device=m.device)], lr=lr, beta1=0.9, beta2=0.95,
                   eps=1e-8, weight_decay=self.weight_decay if weight.dim() == 2 else 0.0,
                   amsgrad=False, maximize=False, fused=True)
             store(weight, value, generator)
-            weight.grad.zero_()
+            gradient.zero_()
         return float(norm)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -705,7 +737,9 @@ def ema_update(teacher: Transformer, student: Transformer, rate: float,
 
     An offloaded teacher's weights visit the student's device, where the generator is.
     """
-    for average, weight in averages(teacher, student).values():
+    ranks.forget_gathered(teacher)
+    for pair in averages(teacher, student).values():
+        average, weight = map(ranks.local, pair)
         value = average.to(weight.device).float().lerp_(weight.float(), rate)
         store(average, value, generator)
 
@@ -716,7 +750,7 @@ def make_teacher(student: Transformer, device: str) -> Transformer:
     device: "cpu" offloads its layers to main memory.
     """
     shared = {id(weight): weight for weight in student.parameters() if not weight.requires_grad}
-    teacher = copy.deepcopy(student, shared).requires_grad_(False)
+    teacher = ranks.deepcopy(student, shared).requires_grad_(False)
     if device == "cpu":
         layers = teacher.model.layers
         teacher.model.layers = torch.nn.ModuleList(Offloaded(layer.cpu()) for layer in layers)
@@ -752,14 +786,17 @@ def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: "Args"
                        + (tokenizer.eos_ids[:1] if document.ends else []) for document in documents]
         num_tokens, loss = sum(map(len, completions)), 0.0
         costs = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completions)]
-        for batch in micro_batches(costs, args.micro_tokens):
-            shared = SharedPrefix([prompts[i] for i in batch], [[completions[i]] for i in batch],
-                                  model.device)
-            hidden = model.hidden(shared.input_ids, shared.positions, shared)[shared.predicts]
-            logits = model.logits(hidden).float()  # [M, V]
-            part = cross_entropy(logits, shared.targets, reduction="sum") / num_tokens
+        for batch in own_batches(costs, args.micro_tokens):
+            # An empty one reads a completion of one token, of which nothing is learned: M is 0.
+            shared = SharedPrefix([prompts[i] for i in batch] or [[0]],
+                                  [[completions[i]] for i in batch] or [[[0]]], model.device)
+            learned = sum(len(completions[i]) for i in batch)  # M
+            hidden = model.hidden(shared.input_ids, shared.positions, shared)
+            logits = model.logits(hidden[shared.predicts[:learned]]).float()  # [M, V]
+            part = cross_entropy(logits, shared.targets[:learned], reduction="sum") / num_tokens
             part.backward()
             loss += part.item()
+        loss = float(ranks.total(np.array(loss)))
         lr = args.sft_lr * warmup_stable_decay(step, args.sft_steps)
         grad_norm = optimizer.step(step, lr, seeded(args.seed, "rounding", step, model.device))
         stage.log(step, {"loss": loss, "lr": lr, "grad_norm": grad_norm})
@@ -801,6 +838,8 @@ LOOK_EVERY = 120  # seconds from one time that samples are shown to the next
 class Stage:
     """What surrounds a training loop: it resumes, shows progress, logs, and saves checkpoints.
 
+    Rank 0 writes.
+
     settings: all that determines the stage's result; a checkpoint of others is not taken.
     tensors: all that an update changes, by name.
     """
@@ -809,27 +848,32 @@ class Stage:
                  save_every: int, track: str = ""):
         self.name, self.save_every = name, save_every
         self.metrics, self.samples = out / "metrics.jsonl", out / "samples.jsonl"
-        (out / name).mkdir(parents=True, exist_ok=True)
         self.tracker, self.next_look, self.warned = None, 0.0, set()
-        if track:
+        if ranks.first():
+            (out / name).mkdir(parents=True, exist_ok=True)
+        if track and ranks.first():
             from share import Tracker
             self.tracker = Tracker(track, name, out, settings)
         self.checkpoint = Checkpoint(out / name / "checkpoint.safetensors", settings, tensors)
         self.start = self.checkpoint.resume()
+        if ranks.from_first(self.start) != self.start:
+            raise UsageError(f"--out {out}: all processes have to see the same directory")
         if self.start:
             tqdm.write(f"Going on from step {self.start} of an interrupted run "
                        f"({self.checkpoint.path}).")
         # A row of the last layer's last matrix stands for all that an update should move.
-        self.watched = [weight[0] for key, weight in tensors.items()
-                        if key.startswith("student.") and "down_proj" in key][-1].detach()
+        self.watched = [ranks.local(weight.detach())[:1] for key, weight in tensors.items()
+                        if key.startswith("student.") and "down_proj" in key][-1]
         self.at_start = self.watched.clone()
-        self.drop_rows_from(self.start)
+        if ranks.first():
+            self.drop_rows_from(self.start)
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps that are left to do, with a progress bar."""
         self.total, self.began = total, time.perf_counter()
         self.bar = tqdm(range(self.start, total), initial=self.start, total=total,
-                        desc=f"{self.name:>6}", unit="step", dynamic_ncols=True)
+                        desc=f"{self.name:>6}", unit="step", dynamic_ncols=True,
+                        disable=not ranks.first())
         yield from self.bar
         if self.tracker:
             self.tracker.finish()
@@ -842,9 +886,9 @@ class Stage:
         now = time.perf_counter()
         place, row = {"stage": self.name, "step": step}, row | {"seconds": now - self.began}
         self.began = now
-        for path, rows in ((self.metrics, [row]), (self.samples, samples)):
-            with path.open("a") as file:
-                file.writelines(to_json(place | row) + "\n" for row in rows)
+        if ranks.first():
+            self.write(self.metrics, place, [row])
+            self.write(self.samples, place, samples)
         if not math.isfinite(row["loss"] + row["grad_norm"]):
             raise UsageError(f"{self.name}, step {step}: the loss is {row['loss']} and its "
                              f"gradient has norm {row['grad_norm']}; {REMEDY}")
@@ -859,6 +903,12 @@ class Stage:
         if self.tracker:
             self.tracker.log(step, row, samples)
         self.warn(step, row)
+
+    @staticmethod
+    def write(path: Path, place: dict, rows: Sequence[dict]) -> None:
+        """Adds a line for each row, which tells its place, a stage and a step, first."""
+        with path.open("a") as file:
+            file.writelines(to_json(place | row) + "\n" for row in rows)
 
     def warn(self, step: int, row: dict) -> None:
         """Says what is wrong with a step's figures, each thing once."""
@@ -1025,13 +1075,15 @@ class Branches:
 
 def ask(model: Transformer, tokenizer: Tokenizer, examples: list[Example], wording: Wording,
         samples: int, sampling: Sampling, generator: torch.Generator, name: str) -> list[Group]:
-    """`rollout` over many examples, with a progress bar."""
+    """`rollout` over many examples, which ranks share, with a progress bar."""
     groups = []
-    with tqdm(total=len(examples), desc=f"{name:>6}", unit="question", dynamic_ncols=True) as bar:
+    with tqdm(total=len(examples), desc=f"{name:>6}", unit="question", dynamic_ncols=True,
+              disable=not ranks.first()) as bar:
         for start in range(0, len(examples), 500):
             part = examples[start:start + 500]
             with finite_logits(f"{name}, evaluation", tokenizer):
-                groups += rollout(model, tokenizer, part, wording, samples, sampling, generator)
+                groups += ranks.gather(rollout(model, tokenizer, ranks.share(part), wording,
+                                               samples, sampling, generator))
             bar.update(len(part))
     return groups
 
@@ -1056,7 +1108,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     bins, and the same metrics under readouts: of the confidence as it was stated, of the likeliest
     one after the sampled answer (greedy), and of its mean (expected). With oracle_samples, `oracle`
     has what the best prompt-level confidence would score; with paper_samples, `paper` has the
-    metrics of so many answers a question sampled as the paper does.
+    metrics of so many answers a question sampled as the paper does. Ranks share the sampling; each
+    of them computes the distribution of the confidence after all answers.
     """
     model = model.for_inference()
     generator = seeded(seed, "evaluation", 1, model.device)
@@ -1361,6 +1414,11 @@ def check_together(args: Args) -> None:
     if bool(args.train) != bool(args.eval) or not graded:
         raise UsageError(f"--task {args.task} needs both --train FILE.jsonl and --eval FILE.jsonl, "
                          "or a share such as --eval 0.1")
+    if ranks.size() > 1 and (args.ask is not None or args.explain is not None):
+        raise UsageError("--ask and --explain need one process: leave out torchrun")
+    if ranks.size() > 1 and args.teacher_device == "cpu":
+        raise UsageError("--teacher-device cpu: with several processes the teacher is spread over "
+                         "their devices")
     if (share := held_out_share(args)) is not None and not 0 < share < 0.8:
         raise UsageError(f"--eval {args.eval[0]}: a share should be over 0 and under 0.8")
     if args.train and not args.model:
@@ -1399,10 +1457,17 @@ def eval_sampling(args: Args) -> Sampling:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of --device, which becomes the current one: streams and graphs are made there."""
+    """The device of --device, which becomes the current one: streams and graphs are made there.
+
+    `cuda` is the first one, or that of this rank.
+    """
     count = torch.cuda.device_count()
     places = [f"cuda:{i}" for i in range(count)]
-    place = {"auto": "cuda:0" if count else "cpu", "cuda": "cuda:0"}.get(name, name)
+    own = f"cuda:{os.environ['LOCAL_RANK'] if ranks.size() > 1 else 0}"
+    place = {"auto": own if count else "cpu", "cuda": own}.get(name, name)
+    if place not in ("cpu", own) and ranks.size() > 1:
+        raise UsageError(f"--device {name}: each of several processes has a GPU of its own; say "
+                         "--device cuda")
     if place not in ("cpu", *places):
         there = ", ".join(places) or "no GPU"
         raise UsageError(f"--device {name}: no such device here; there are cpu and {there}")
@@ -1490,7 +1555,7 @@ def fitting(examples: list[Example], tokenizer: Tokenizer, wording: Wording, con
     """
     kept, limit = [], config.max_position_embeddings
     for example in tqdm(examples, desc="reading", unit="prompt", leave=False,
-                        disable=len(examples) < 500):
+                        disable=len(examples) < 500 or not ranks.first()):
         prompt = len(tokenizer.chat(data.student_messages(example, wording)))
         total = teacher_length(example, tokenizer, wording) + args.max_new_tokens
         if prompt <= args.max_prompt and total <= limit:
@@ -1640,7 +1705,7 @@ def toy_model(args: Args, tokenizer: Tokenizer) -> Config:
 
 def load_model(source: Path | None, config: Config, args: Args,
                device: torch.device) -> Transformer:
-    """A model to train, from its directory, or newborn where there is none.
+    """A model to train, from its directory, or newborn where there is none, sharded over the ranks.
 
     Its weights are float32 masters, or bfloat16 with --rounding stochastic; it computes in --dtype.
     With --lora-rank it is kept in --dtype, and its adapters are the float32 masters.
@@ -1648,25 +1713,30 @@ def load_model(source: Path | None, config: Config, args: Args,
     computed = getattr(torch, args.dtype)
     adapted = source is not None and args.lora_rank > 0  # a newborn network has nothing to adapt
     stored = computed if adapted or args.rounding == "stochastic" else torch.float32
+    # A model that needs several devices may be too large for one: sharding moves it, by the layer.
+    place = device if ranks.size() == 1 else torch.device("cpu")
     if source:
-        model = Transformer.from_pretrained(source, dtype=stored, device=device)
+        model = Transformer.from_pretrained(source, dtype=stored, device=place)
     else:
         torch.manual_seed(args.seed)
-        model = Transformer(config).to(device, stored)
+        model = Transformer(config).to(place, stored)
     model.compute_dtype, model.recompute = computed, args.recompute
     if adapted:
         torch.manual_seed(args.seed)
         model.add_adapters(args.lora_rank, args.lora_alpha or 2 * args.lora_rank)
-    return model
+    return ranks.shard(model, device)
 
 
 def save(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
     """Saves a Hugging Face directory. An old config.json is removed first and the new one written
-    last, so that a directory that has one is complete."""
+    last, so that a directory that has one is complete. Every rank calls it, and rank 0 writes."""
+    model = model.for_inference()
+    if not ranks.first():
+        return
     for outdated in (directory.parent / "results.json", directory / "config.json"):
         outdated.unlink(missing_ok=True)
     tokenizer.save_pretrained(directory)
-    model.for_inference().save_pretrained(directory)
+    model.save_pretrained(directory)
 
 
 def make_base(origin: Path | None, config: Config, tokenizer: Tokenizer, task: Task, args: Args,
@@ -1679,15 +1749,17 @@ def make_base(origin: Path | None, config: Config, tokenizer: Tokenizer, task: T
         return origin
     base, identity = out / "base", json.dumps(settings(args, "base", task), indent=2)
     made = base / "settings.json"
-    if read_text(made, absent="") == identity:
+    if ranks.from_first(read_text(made, absent="") == identity):
         print(f"Reusing the base model in {base}: it was made with the same settings.")
         return base
     model = load_model(origin, config, args, device)
     supervise(model, tokenizer, task, args, out)
-    made.unlink(missing_ok=True)
+    if ranks.first():
+        made.unlink(missing_ok=True)
     save(model, tokenizer, base)
-    write_text(made, identity)
-    return base
+    if ranks.first():
+        write_text(made, identity)
+    return ranks.from_first(base)
 
 
 def make_results(start: Path, config: Config, tokenizer: Tokenizer, task: Task, args: Args,
@@ -1701,15 +1773,17 @@ def make_results(start: Path, config: Config, tokenizer: Tokenizer, task: Task, 
             print(introduction(model, task, args))
         else:
             train(model, name, tokenizer, task, args, out)
+            model = model.for_inference()
             save(model, tokenizer, out / name)
-            if args.save_adapter:
+            if args.save_adapter and ranks.first():
                 model.save_adapter(out / name / "adapter", args.model or str(start))
         trained = {"seconds": time.perf_counter() - started}
         results[name] = trained | evaluate(
             model, tokenizer, task.held_out, task.wording, eval_sampling(args), args.seed,
             args.eval_samples, args.oracle, args.paper_samples, name)
         directory = start if name == "base" else out / name
-        if directory.parent == out:  # a base that was not made here has its own card
+        # A base that was not made here has its own card.
+        if directory.parent == out and ranks.first():
             card = model_card(name, results, settings(args, name, task), args)
             write_text(directory / "README.md", card)
         del model  # one student and one teacher at a time
@@ -1757,7 +1831,7 @@ def run(args: Args) -> dict:
     asked = [dataclasses.astuple(example) for example in task.held_out]
     identity = {"settings": dataclasses.asdict(replace(args, overwrite=False, track="")),
                 "inputs": data.checksum([task.fingerprint, asked])}
-    results = None if args.overwrite else finished(out, identity)
+    results = ranks.from_first(None if args.overwrite else finished(out, identity))
     if results:
         print(f"{out} has the results of this command; --overwrite makes them again.")
     else:
@@ -1765,13 +1839,14 @@ def run(args: Args) -> dict:
         if origin:
             load_model(origin, config, args, device)  # A broken one is refused before a write.
 
-    with claimed(out):
+    with claimed(out) if ranks.first() else nullcontext():
         if not results:
             start = make_base(origin, config, tokenizer, task, args, device, out)
             results = make_results(start, config, tokenizer, task, args, device, out)
             everything = results | identity | {"seconds": time.perf_counter() - began}
-            write_text(out / "results.json", to_json(everything, indent=2) + "\n")
-        for name in results:
+            if ranks.first():
+                write_text(out / "results.json", to_json(everything, indent=2) + "\n")
+        for name in results if ranks.first() else ():
             (out / name / "checkpoint.safetensors").unlink(missing_ok=True)
     print_tables(results, args, out)
     return results
@@ -1780,36 +1855,49 @@ def run(args: Args) -> dict:
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns the exit code.
 
-    0, or 2 for a request that cannot be served, or 130 when interrupted: by Ctrl-C, by a request
-    to end (SIGTERM), or by the end of its terminal (SIGHUP, unless nohup has it ignored).
+    0, or 2 for a request that cannot be served, or 1 where another rank has ended, or 130 when
+    interrupted: by Ctrl-C, by a request to end (SIGTERM), or by the end of its terminal (SIGHUP,
+    unless nohup has it ignored).
     """
     for name in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(name) == signal.SIG_DFL:
             signal.signal(name, signal.default_int_handler)
-    with redirect_stdout(Unbroken(sys.stdout)), redirect_stderr(Unbroken(sys.stderr)):
+    out = sys.stdout if ranks.first() else open(os.devnull, "w")
+    with redirect_stdout(Unbroken(out)), redirect_stderr(Unbroken(sys.stderr)):
         return serve(argv)
 
 
 def serve(argv: list[str] | None) -> int:
     """Runs a command line, and turns what can end it early into a sentence and an exit code."""
+    def say(words: str) -> None:
+        if ranks.first_to_end():
+            print(words, file=sys.stderr)
+
     try:
         args = parse_args(argv)
         if args.ask is None and args.explain is None:
-            run(args)
+            with ranks.connected():
+                run(args)
         else:
             import show
             show.run(args)
     except BadInput as error:
-        print("caopd.py: error:", " ".join(str(error).split()), file=sys.stderr)
+        say("caopd.py: error: " + " ".join(str(error).split()))
         return 2
     except torch.OutOfMemoryError:
-        print("caopd.py: error: the GPU has run out of memory; --recompute and --teacher-device "
-              "cpu go on from the last checkpoint with less of it, and so do, from the start, a "
-              "lower --micro-tokens and --dtype bfloat16 --rounding stochastic", file=sys.stderr)
+        say("caopd.py: error: the GPU has run out of memory; --recompute and --teacher-device "
+            "cpu go on from the last checkpoint with less of it, and so do, from the start, a "
+            "lower --micro-tokens and --dtype bfloat16 --rounding stochastic")
         return 2
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        say("\nInterrupted. The same command goes on from the last checkpoint.")
         return 130
+    except RuntimeError as error:
+        if not ranks.lost_another(error):
+            raise
+        say("\nAnother process of this run has ended, and all end with it. The same command goes "
+            "on from the last checkpoint.")
+        return 1
     return 0
 
 

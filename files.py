@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ranks import collected, first, parted_like
+
 
 class BadInput(ValueError):
     """A file, a flag or a request that cannot be served. The message says which, and why."""
@@ -273,7 +275,8 @@ class Checkpoint:
     """A file with the tensors of an interrupted run, complete or absent, and never unpickled.
 
     settings: the run's; a checkpoint of others is passed over.
-    tensors: all that a step of the run changes, by name.
+    tensors: all that a step of the run changes, by name. In the file they are whole, however many
+    ranks share them. Every rank saves and resumes; rank 0 writes.
     """
 
     def __init__(self, path: Path, settings: dict, tensors: dict[str, Tensor]):
@@ -281,7 +284,9 @@ class Checkpoint:
 
     def save(self, step: int) -> None:
         """step: the one to go on from."""
-        tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
+        tensors = collected({name: tensor.detach() for name, tensor in self.tensors.items()})
+        if not first():
+            return
         metadata = {"step": str(step), "settings": json.dumps(self.settings)}
         with replacing(self.path) as unfinished:
             save_file(tensors, unfinished, metadata=metadata)
@@ -309,7 +314,7 @@ class Checkpoint:
                     stored = file.get_tensor(name)
                 if (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):
                     raise BadInput(f"{where}: tensor {name} is of another dtype or shape")
-                tensor.copy_(finite(stored, name, where))
+                tensor.copy_(parted_like(finite(stored, name, where), tensor))
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{where}: not a readable checkpoint ({error})") from None
         return progress.step

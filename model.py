@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from files import BadInput, finite, from_json, read_object, replacing, within, write_text
+from ranks import is_sharded, whole
 
 
 class ModelError(BadInput):
@@ -518,17 +519,33 @@ class Transformer(nn.Module):
                 if isinstance(module, LoRALinear)}
 
     def for_inference(self) -> "Transformer":
-        """The network with its weights stored in the computing dtype, to sample from and to save.
+        """The whole network with its weights stored in the computing dtype, to sample from and to
+        save.
 
         Returns a copy without gradients, or self where the weights are stored like that already.
-        Adapters are small and stay in float32.
+        Adapters are small and stay in float32. Of a sharded network every rank has to ask for it.
         """
         dtype = self.compute_dtype
         stored = (w.dtype for name, w in self.named_parameters() if "lora" not in name)
-        if dtype is None or all(found == dtype for found in stored):
+        if not is_sharded(self) and (dtype is None or all(found == dtype for found in stored)):
             return self
-        weights = {name: w.detach().to(dtype) for name, w in self.state_dict().items()}
-        return Transformer.from_weights(self.config, weights).requires_grad_(False)
+        weights = {name: w.detach() if "lora" in name else w.detach().to(dtype)
+                   for name, w in self.state_dict().items()}
+        copy = self.outline().requires_grad_(False)
+        copy.load_state_dict({name: whole(w) for name, w in weights.items()}, assign=True)
+        return copy
+
+    def outline(self) -> "Transformer":
+        """The same network, adapters included, whose tensors have shapes and no memory."""
+        with torch.device("meta"):
+            outline = Transformer(self.config)
+            for adapter in list(self.adapters().values())[:1]:
+                rank = len(adapter.lora_A)
+                outline.add_adapters(rank, adapter.scale * rank)
+        for weight, own in zip(outline.parameters(), self.parameters()):
+            weight.data = weight.data.to(own.dtype)
+        outline.compute_dtype, outline.recompute = self.compute_dtype, self.recompute
+        return outline
 
     @classmethod
     def from_weights(cls, config: Config, weights: dict[str, Tensor]) -> "Transformer":
