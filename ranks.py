@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 
 def size() -> int:
-    """How many processes run this command, as torchrun says."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes run this command: one, or as many as torchrun has started."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def rank() -> int:
     """Which of them this one is."""
-    return int(os.environ.get("RANK", 0)) if size() > 1 else 0
+    return int(os.environ["RANK"]) if size() > 1 else 0
 
 
 def first() -> bool:
@@ -42,12 +42,14 @@ def first() -> bool:
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """Within the block the ranks can reach each other: over NCCL on GPUs, over gloo on CPUs."""
+    """Within the block the ranks can reach each other: over NCCL for GPUs, over gloo for the rest.
+    """
     if size() == 1:
         yield
         return
+    backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # A rank that ends is noticed by its closed connection. One that is slow has a day.
-    dist.init_process_group(timeout=timedelta(days=1))
+    dist.init_process_group(backends, timeout=timedelta(days=1))
     yield
     dist.destroy_process_group()  # not after an error: the others may never come here
 

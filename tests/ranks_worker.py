@@ -1,14 +1,20 @@
-"""Runs commands of caopd.py, one after the other, on every rank that torchrun starts.
+"""Runs commands of caopd.py, one after the other, on several ranks, for test_ranks.py.
 
-    python -m torch.distributed.run --nproc-per-node 2 tests/ranks_worker.py JOBS.json
+    python tests/ranks_worker.py '[[2, [{"flags": ["--out", "x"]}]]]'
 
-test_ranks.py runs the same commands in one process. So that all of them sample the same whatever
-their number, each question here has random numbers of its own. Its answers are right or wrong as a
-hash of the question says, because networks this small are never right.
+It is given numbers of ranks, each with its commands. The ranks are forks of this process, which has
+imported everything: a new interpreter takes seconds. test_ranks.py runs the same commands in one
+process. So that all sample the same whatever their number, each question here has random numbers of
+its own. Its answers are right or wrong as a hash of the question says, because networks this small
+are never right.
 """
 
 import json
+import os
+import signal
+import socket
 import sys
+import traceback
 import zlib
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
 import torch
+import torch.distributed.fsdp
 
 import caopd
 import ranks
@@ -72,8 +79,42 @@ def run(flags: list[str], stop: list | None = None) -> None:
     assert code == (130 if stop else 0), (flags, code)
 
 
+PATIENCE = 100  # seconds: ranks that wait for each other for ever are a failure
+
+
+def as_torchrun(rank: int, size: int) -> dict[str, str]:
+    """What torchrun tells a rank in its environment."""
+    return {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
+            "TORCHELASTIC_RUN_ID": "test"}
+
+
+def together(size: int, jobs: list[dict]) -> bool:
+    """Runs the commands on `size` ranks; whether all went well."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(size):
+        if pid := os.fork():
+            started.append(pid)
+            continue
+        signal.alarm(PATIENCE)
+        os.environ |= as_torchrun(rank, size) | {"MASTER_ADDR": "localhost",
+                                                 "MASTER_PORT": str(port)}
+        try:
+            with ranks.connected():
+                ranks.connected = nullcontext  # once for all commands
+                for job in jobs:
+                    run(**job)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return not any([os.waitpid(pid, 0)[1] for pid in started])
+
+
 if __name__ == "__main__":
-    with ranks.connected():
-        ranks.connected = nullcontext  # once for all commands
-        for job in json.loads(Path(sys.argv[1]).read_text()):
-            run(**job)
+    torch.set_num_threads(1)  # A fork takes no threads with it.
+    with torch.device("meta"):
+        torch.nn.Embedding(1, 1)  # imports half of torch
+    sys.exit(not all([together(size, jobs) for size, jobs in json.loads(sys.argv[1])]))

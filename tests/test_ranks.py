@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks_worker import run
+from ranks_worker import PATIENCE, as_torchrun, run
 from safetensors.torch import load_file
 from test_caopd import real_model  # noqa: F401 (a fixture)
 
@@ -22,13 +22,11 @@ import caopd
 import ranks
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 100  # seconds: ranks that wait for each other for ever are a failure
-
 # 5 prompts and 3 questions divide by neither 2 nor 4, and a rank has several micro-batches.
 COMMON = ["--steps", "2", "--rollouts", "3", "--teacher-rate", "0.2", "--max-new-tokens", "8",
           "--eval-questions", "3", "--oracle", "0", "--paper-samples", "0", "--device", "cpu"]
 WORLD = [*COMMON, "--width", "16", "--layers", "2", "--sft-steps", "2", "--sft-documents", "5",
-         "--prompts", "5", "--micro-tokens", "60", "--save-every", "1"]
+         "--prompts", "5", "--micro-tokens", "100", "--save-every", "1"]
 REAL = [*COMMON, "--prompts", "3", "--lr", "1e-3"]  # with --model
 RUNS = {
     "methods": [*WORLD, "--method", "opd,caopd,grpo"],
@@ -47,11 +45,6 @@ LOOSE = {"bfloat16": 0.02, "stochastic": 0.05}  # tolerances where numbers have 
 INTERRUPTED = {"flags": [*WORLD, "--method", "caopd"], "stop": ["caopd", 0]}
 
 
-def torchrun(processes: int, *command: str) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-            str(processes), *command]
-
-
 def environment() -> dict:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
@@ -68,12 +61,6 @@ def outcomes(tmp_path_factory, real_model):  # noqa: F811
             flags = ["--model", str(real_model), *flags]
         return {"flags": [*flags, "--out", str(found[name, processes])], **given}
 
-    def together(processes: int, *jobs: dict) -> None:
-        (root / "jobs.json").write_text(json.dumps(jobs))
-        subprocess.run(torchrun(processes, str(ROOT / "tests/ranks_worker.py"),
-                                str(root / "jobs.json")),
-                       env=environment(), timeout=PATIENCE, check=True, cwd=root)
-
     def resuming(name: str, processes: int) -> dict:
         """A job that goes on from the checkpoint of so many processes."""
         resumed = job(name, int(name[-1]), flags=INTERRUPTED["flags"])
@@ -83,9 +70,11 @@ def outcomes(tmp_path_factory, real_model):  # noqa: F811
     for name in RUNS:
         run(**job(name, 1))
     run(**job("interrupted", 1, **INTERRUPTED))
-    together(2, *(job(name, n) for name, n in COMPARED if n == 2),
-             job("interrupted", 2, **INTERRUPTED))
-    together(4, *(job(name, n) for name, n in COMPARED if n == 4), resuming("1 to 4", 1))
+    of_two, of_four = ([job(name, n) for name, n in COMPARED if n == size] for size in (2, 4))
+    jobs = [(2, [*of_two, job("interrupted", 2, **INTERRUPTED)]),
+            (4, [*of_four, resuming("1 to 4", 1)])]
+    subprocess.run([sys.executable, ROOT / "tests/ranks_worker.py", json.dumps(jobs)], check=True,
+                   env=environment())
     run(**resuming("2 to 1", 2))
     return found
 
@@ -170,7 +159,8 @@ def test_a_run_goes_on_with_another_number_of_processes(outcomes, name, processe
 def test_a_killed_process_ends_all_with_one_sentence_and_the_run_resumes(tmp_path):
     out = tmp_path / "out"
     flags = [*WORLD, "--sft-steps", "100000", "--out", str(out)]
-    command = torchrun(2, str(ROOT / "caopd.py"), *flags)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", str(ROOT / "caopd.py"), *flags]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True,
                           stderr=subprocess.STDOUT) as process:
         try:
@@ -195,14 +185,17 @@ def children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
+def pretend(monkeypatch, rank: int, size: int) -> None:
+    for name, value in as_torchrun(rank, size).items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--ask", "1+1"], "leave out torchrun"), (["--explain"], "leave out torchrun"),
     (["--teacher-device", "cpu"], "--teacher-device cpu: with several processes"),
     (["--device", "cuda:1"], "say --device cuda")])
 def test_what_several_processes_refuse(monkeypatch, capsys, flags, words):
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(ranks, "first_to_end", lambda: True)
+    pretend(monkeypatch, 0, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(caopd.UsageError, match=re.escape(words)):
         caopd.pick_device(caopd.parse_args(flags).device)
@@ -211,11 +204,10 @@ def test_what_several_processes_refuse(monkeypatch, capsys, flags, words):
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
 def test_shares_are_all_of_it_once_and_passes_are_as_many_on_every_rank(monkeypatch, size):
     costs = [3, 9, 4, 4, 20, 1, 1, 1, 6, 2, 8]
-    monkeypatch.setenv("WORLD_SIZE", str(size))
     for n in range(len(costs) + 1):
         batches = []
         for rank in range(size):
-            monkeypatch.setenv("RANK", str(rank))
+            pretend(monkeypatch, rank, size)
             batches.append(caopd.own_batches(costs[:n], 10))
             assert [i for batch in batches[-1] for i in batch] == ranks.share(list(range(n)))
             assert all(sum(costs[i] for i in batch) <= 10 or len(batch) == 1
