@@ -1586,10 +1586,12 @@ def teacher_length(example: Example, tokenizer: Tokenizer, wording: Wording) -> 
 # ----------------------------------------------------------------------------- what fits
 
 
-def memory_needed(config: Config, prompts: list[int], args: Args) -> dict[str, float]:
+def memory_needed(config: Config, prompts: list[int], args: Args,
+                  processes: int = 1) -> dict[str, float]:
     """Bytes that a distillation step or an evaluation will hold on the device, by purpose.
 
-    prompts: lengths of typical prompts. Fragmentation comes on top.
+    prompts: lengths of typical prompts; processes: how many share weights and prompts.
+    Fragmentation comes on top.
     """
     with torch.device("meta"):
         model = Transformer(config)
@@ -1605,25 +1607,38 @@ def memory_needed(config: Config, prompts: list[int], args: Args) -> dict[str, f
         frozen, cast = weights, 0
     averaged = weights - in_layers if args.teacher_device == "cpu" else learned
     optimizer, teacher = 8 * learned, averaged * stored
+    passing, copy = 0 if args.recompute else cast, cast  # weights for a pass, and to sample from
+    if processes > 1:
+        # A pass gathers embedding and head of student and teacher, the gradient and its sum over
+        # the ranks, and three layers: one computes, one comes, of one the gradient goes.
+        outside = 2 * computed if args.lora_rank else 3 * stored + 4
+        passing = outside * (weights - in_layers) + (
+            3 * computed * in_layers / config.num_hidden_layers)
+        copy, teacher = computed * weights, teacher + computed * frozen
+        learned, frozen, optimizer, teacher = (
+            spread / processes for spread in (learned, frozen, optimizer, teacher))
 
     longest = max(prompts) + args.rollouts * args.max_new_tokens  # tokens of a prompt and its K
-    step = longest * max(args.prompts, args.sft_documents if args.sft_steps else 0)  # at most
+    own, documents, asked = (math.ceil(items / processes) for items in (
+        args.prompts, args.sft_documents if args.sft_steps else 0, args.eval_questions))
+    step = longest * max(own, documents)  # at most
     tokens = max(longest, min(args.micro_tokens, step))
     layers, layer = config.num_hidden_layers, activation_bytes(
         config, longest, args.rollouts, args.max_new_tokens, getattr(torch, args.dtype))
     kept = layers * layer  # bytes of a token, for its gradient
     if args.recompute:
         kept = layers * computed * config.hidden_size + layer
-    losing = tokens * kept + 6 * 4 * LOGITS_AT_ONCE + (0 if args.recompute else cast)
+    losing = tokens * kept + 6 * 4 * LOGITS_AT_ONCE + passing
     updating = 16 * config.vocab_size * config.hidden_size if stored == 2 else 0  # in float32
     prefill = tokens * layer
-    rolling = sampling_bytes(config, prompts, args.prompts, args.rollouts, prefill, args) + cast
+    rolling = sampling_bytes(config, prompts, own, args.rollouts, prefill, args) + copy
     # Evaluating begins when teacher and optimizer have gone.
     samples = max(args.eval_samples, args.paper_samples, args.oracle)
-    evaluating = sampling_bytes(config, prompts, args.eval_questions, samples, prefill, args) + (
-        cast - teacher - optimizer)
+    evaluating = sampling_bytes(config, prompts, asked, samples, prefill, args) + (
+        copy - teacher - optimizer)
     return {"weights, gradient and optimizer": frozen * computed + learned * 2 * stored + optimizer,
-            "teacher": teacher, "working memory": max(losing, updating, rolling, evaluating)}
+            "teacher": teacher,
+            "working memory": max(losing, updating / processes, rolling, evaluating)}
 
 
 def bytes_computed(args: Args) -> int:
@@ -1648,12 +1663,12 @@ def sampling_bytes(config: Config, prompts: list[int], questions: int, samples: 
 
 
 def memory_free(device: torch.device) -> float:
-    """Bytes that can still be had on the device; infinite where the system does not say."""
+    """Bytes that a process can still have on the device; infinite where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = dict(row.split(":") for row in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
+        return 1024 * int(lines["MemAvailable"].split()[0]) / ranks.size()
     except (OSError, KeyError, ValueError):
         return math.inf
 
@@ -1664,10 +1679,12 @@ def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args,
     prompts = [teacher_length(example, tokenizer, task.wording)
                for example in task.draw(64, "memory", 0)]
     longest = max(prompts) + args.rollouts * args.max_new_tokens
-    parts, free = memory_needed(config, prompts, args), memory_free(device)
+    parts = memory_needed(config, prompts, args, ranks.size())
+    free = memory_free(device)
     needed = sum(parts.values())
     shown = ", ".join(f"{name} {size / 2 ** 30:.1f}" for name, size in parts.items())
-    print(f"Memory: about {needed / 2 ** 30:.1f} GiB needed on {device} ({shown}), "
+    each = f" for each of {ranks.size()} processes" if ranks.size() > 1 else ""
+    print(f"Memory: about {needed / 2 ** 30:.1f} GiB needed on {device}{each} ({shown}), "
           f"{free / 2 ** 30:.1f} free.")
     if needed <= free:
         return
@@ -1676,11 +1693,11 @@ def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args,
                 "--dtype bfloat16 --rounding stochastic": {"dtype": "bfloat16",
                                                            "rounding": "stochastic"},
                 "--lora-rank 16": {"lora_rank": 16}}
-    if device.type == "cuda":
+    if device.type == "cuda" and ranks.size() == 1:
         remedies["--teacher-device cpu"] = {"teacher_device": "cpu"}
     offers = []
     for name, change in remedies.items():
-        changed = memory_needed(config, prompts, replace(args, **change))
+        changed = memory_needed(config, prompts, replace(args, **change), ranks.size())
         offers.append((sum(changed.values()), name))
     helps = ", ".join(f"{name} {size / 2 ** 30:.1f} GiB" for size, name in sorted(offers)
                       if size < 0.99 * needed)

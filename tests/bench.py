@@ -441,27 +441,52 @@ SAVINGS = {  # by what it is called in the table
     "stochastic": ("--recompute", "--rounding", "stochastic"),
     "LoRA, rank 16": ("--recompute", "--lora-rank", "16")}
 CARDS = {"24 GB card": (1.0e12, 165e12), "H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12)}
+PLACES = {"24 GB card": (24, 1), "H100": (79, 1), "H200": (139, 1),  # GiB of a card, and how many
+          "eight H100": (79, 8)}
+
+
+def needed(size: str, saving: str, processes: int, flags: argparse.Namespace) -> dict[str, float]:
+    """GiB of a step of one prompt on each card, by purpose."""
+    args = shape_args(flags, *SAVINGS[saving], "--prompts", str(processes))
+    parts = caopd.memory_needed(qwen3(size), [flags.prompt], args, processes)
+    return {name: bytes / 2 ** 30 for name, bytes in parts.items()}
 
 
 def memory(flags: argparse.Namespace) -> None:
     """What a step of one prompt is to need, by the formula that caopd.py prints before it starts,
-    and the least time it can take: decoding waits for memory, the update for products."""
+    and the least time it can take: decoding waits for memory, the update for products. Then the
+    same for each of eight cards that share weights, with a prompt of its own, and what fits where.
+    """
     print(f"{flags.dtype}; one prompt, P = {flags.prompt}, K = {K}, C = {flags.new}: GiB needed, "
           "and the seconds of\nrollout + update at all of a card's bandwidth and matrix rate\n")
     rows, tokens = [], flags.prompt + K * flags.new
     for size in flags.sizes:
         config = qwen3(size)
-        needed = [sum(caopd.memory_needed(config, [flags.prompt],
-                                          shape_args(flags, *saving)).values())
-                  for saving in SAVINGS.values()]
         with torch.device("meta"):
             weights = sum(p.numel() for p in Transformer(config).parameters())
         read = read_bytes(config, flags, weights)
         products = update_operations(weights, weights, tokens)
         times = [f"{read / bandwidth:.1f} + {products / rate:.1f}"
                  for bandwidth, rate in CARDS.values()]
-        rows.append([size, *(f"{need / 2 ** 30:.0f}" for need in needed), *times])
+        rows.append([size, *(f"{sum(needed(size, saving, 1, flags).values()):.0f}"
+                             for saving in SAVINGS), *times])
     show(["Qwen3-", *SAVINGS, *CARDS], rows)
+    print("\nGiB on each of eight cards\n")
+    show(["Qwen3-", *SAVINGS],
+         [[size, *(f"{sum(needed(size, saving, 8, flags).values()):.0f}" for saving in SAVINGS)]
+          for size in flags.sizes])
+    print("\nThe first of these ways that fits, and what takes most of the card then\n")
+    show(["Qwen3-", *PLACES], [[size, *(what_fits(size, *place, flags)
+                                        for place in PLACES.values())] for size in flags.sizes])
+
+
+def what_fits(size: str, room: float, processes: int, flags: argparse.Namespace) -> str:
+    """The first of SAVINGS that fits into `room` GiB a card, and what takes most of it."""
+    for saving in SAVINGS:
+        parts = needed(size, saving, processes, flags)
+        if sum(parts.values()) <= room:
+            return f"{saving}: {max(parts, key=parts.get).split(',')[0]}"
+    return "nothing"
 
 
 # ------------------------------------------------------------------------------- the command line

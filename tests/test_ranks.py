@@ -20,6 +20,7 @@ from test_caopd import real_model  # noqa: F401 (a fixture)
 
 import caopd
 import ranks
+from model import Config, Transformer
 
 ROOT = Path(__file__).parents[1]
 # 5 prompts and 3 questions divide by neither 2 nor 4, and a rank has several micro-batches.
@@ -216,6 +217,35 @@ def test_shares_are_all_of_it_once_and_passes_are_as_many_on_every_rank(monkeypa
         assert not any(all(not its[k] for its in batches) for k in range(len(batches[0])))
         if size == 1:
             assert batches == [caopd.micro_batches(costs[:n], 10)]
+
+
+def test_rank_0_has_the_random_numbers_of_one_process_and_no_two_ranks_have_the_same(monkeypatch):
+    def drawn() -> int:
+        return caopd.seeded(0, "rollout", 3, torch.device("cpu")).initial_seed()
+
+    alone, seeds = drawn(), []
+    for rank in range(4):
+        pretend(monkeypatch, rank, 4)
+        seeds.append(drawn())
+    assert seeds[0] == alone and len(set(seeds)) == 4
+
+
+def test_eight_processes_need_an_eighth_of_the_weights_and_a_copy_to_sample_from():
+    config = Config("qwen3", 1000, 512, 2048, 8, 8, 4, 64, tie_word_embeddings=True)
+    args = caopd.parse_args(["--max-new-tokens", "1", "--dtype", "bfloat16", "--recompute"])
+    with torch.device("meta"):
+        weights = sum(w.numel() for w in Transformer(config).parameters())
+    alone, each = (caopd.memory_needed(config, [8], args, processes) for processes in (1, 8))
+    for name in ("weights, gradient and optimizer", "teacher"):
+        assert each[name] == alone[name] / 8
+    assert alone["weights, gradient and optimizer"] == 16 * weights
+    assert each["working memory"] > 2 * weights
+    assert sum(each.values()) < sum(alone.values()) / 2
+
+
+def test_a_world_size_that_torchrun_has_not_set_is_not_ours(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "64")  # as other launchers leave it behind
+    assert ranks.size() == 1 and ranks.rank() == 0
 
 
 def test_one_process_has_every_function_give_back_what_it_gets():
