@@ -2,7 +2,6 @@
 checkpoint. Also: a process that dies, and what several processes refuse."""
 
 import json
-import math
 import os
 import re
 import shutil
@@ -41,8 +40,8 @@ RUNS = {
                  "--save-adapter"],
     "bfloat16": [*REAL, "--dtype", "bfloat16", "--method", "opd"],
     "stochastic": [*REAL, "--dtype", "bfloat16", "--rounding", "stochastic", "--method", "opd"]}
+ROUNDED = "bfloat16", "stochastic"  # to 8 bits, in another order by each number of processes
 COMPARED = [(name, 2) for name in RUNS] + [("methods", 4), ("few", 4)]
-LOOSE = {"bfloat16": 0.02, "stochastic": 0.05}  # tolerances where numbers have 8 bits
 INTERRUPTED = {"flags": [*WORLD, "--method", "caopd"], "stop": ["caopd", 0]}
 
 
@@ -80,8 +79,14 @@ def outcomes(tmp_path_factory, real_model):  # noqa: F811
     return found
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def read(path: Path):
+    """The JSON of a file, or of each line of a .jsonl."""
+    text = path.read_text()
+    return list(map(json.loads, text.splitlines())) if path.suffix == ".jsonl" else json.loads(text)
+
+
+def steps(out: Path, method: str) -> list[dict]:
+    return [row for row in read(out / "metrics.jsonl") if row["stage"] == method]
 
 
 def assert_close(found: object, expected: object, tolerance: float, where: str = "") -> None:
@@ -109,15 +114,11 @@ def assert_same_tensors(found: Path, expected: Path, tolerance: float = 2e-6) ->
                                    atol=tolerance, msg=lambda words: f"{name}: {words}")
 
 
-@pytest.mark.parametrize("name, processes", COMPARED)
+@pytest.mark.parametrize("name, processes", [its for its in COMPARED if its[0] not in ROUNDED])
 def test_several_processes_do_what_one_does(outcomes, name, processes):
     alone, together = outcomes[name, 1], outcomes[name, processes]
-    rows = lines(together / "metrics.jsonl")
-    assert_close(rows, lines(alone / "metrics.jsonl"), LOOSE.get(name, 2e-5))
-    if name in LOOSE:
-        return
-    for file in ("results.json", "samples.jsonl"):
-        assert_close(lines_or_object(together / file), lines_or_object(alone / file), 1e-5)
+    for file in ("metrics.jsonl", "results.json", "samples.jsonl"):
+        assert_close(read(together / file), read(alone / file), 2e-5)
     files = sorted(path.relative_to(alone) for path in alone.glob("*/**/*.safetensors"))
     assert files and files == sorted(
         path.relative_to(together) for path in together.glob("*/**/*.safetensors"))
@@ -125,17 +126,21 @@ def test_several_processes_do_what_one_does(outcomes, name, processes):
         assert_same_tensors(together / file, alone / file)
 
 
-def lines_or_object(path: Path):
-    return json.loads(path.read_text()) if path.suffix == ".json" else lines(path)
+@pytest.mark.parametrize("name", ROUNDED)
+def test_several_processes_do_about_what_one_does_in_bfloat16(outcomes, name):
+    """The first step samples the same; later ones need not."""
+    alone, together = outcomes[name, 1], outcomes[name, 2]
+    assert_close(steps(together, "opd")[0], steps(alone, "opd")[0], 0.01)
+    weights = "opd/model.safetensors"
+    assert_same_tensors(together / weights, alone / weights, 0.01)
 
 
 def test_the_runs_above_are_worth_comparing(outcomes):
-    """The losses are there, weights have moved, and steps lack contexts where they should."""
+    """Gradients are there, and contexts are lacking where they should be."""
     for (name, _), out in outcomes.items():
-        rows = [row for row in lines(out / "metrics.jsonl") if row["stage"] != "base"]
+        rows = [row for row in read(out / "metrics.jsonl") if row["stage"] != "base"]
         assert rows and all(row["grad_norm"] > 0 or row["left_out"] for row in rows), name
-    left_out = [row["left_out"] for row in lines(outcomes["few", 1] / "metrics.jsonl")
-                if row["stage"] == "caopd"]
+    left_out = [row["left_out"] for row in steps(outcomes["few", 1], "caopd")]
     assert max(left_out) == 4 and min(left_out) < 4  # all of a step's rollouts, and not always
 
 
@@ -149,9 +154,7 @@ def test_checkpoints_are_those_of_one_process_gradients_included(outcomes):
 def test_a_run_goes_on_with_another_number_of_processes(outcomes, name, processes):
     out, whole = outcomes[name, processes], outcomes["methods", 1]
     assert_same_tensors(out / "caopd/model.safetensors", whole / "caopd/model.safetensors")
-    rows = [[row for row in lines(directory / "metrics.jsonl") if row["stage"] == "caopd"]
-            for directory in (out, whole)]
-    assert_close(rows[0], rows[1], 2e-5)
+    assert_close(steps(out, "caopd"), steps(whole, "caopd"), 2e-5)
 
 
 # ------------------------------------------------------------------- what a user sees of it
@@ -176,10 +179,9 @@ def test_a_killed_process_ends_all_with_one_sentence_and_the_run_resumes(tmp_pat
     assert process.returncode != 0
     assert words.count("The same command goes on from the last checkpoint.") == 1
     assert not re.search(r'File ".*(caopd|ranks)\.py"', words)  # torchrun's own report is another
-    assert words.count("base: ") == words.count("base: ", 0, words.index("The same command"))
-    step = lines(out / "metrics.jsonl")[-1]["step"]
-    run(flags, stop=["base", (step + 1) // 10 * 10 + 9])
-    assert lines(out / "metrics.jsonl")[-1]["step"] > step
+    last = steps(out, "base")[-1]["step"]
+    run(flags, stop=["base", last + 5])
+    assert [row["step"] for row in steps(out, "base")] == list(range(last + 6))
 
 
 def children(pid: int) -> list[str]:
@@ -251,5 +253,5 @@ def test_a_world_size_that_torchrun_has_not_set_is_not_ours(monkeypatch):
 def test_one_process_has_every_function_give_back_what_it_gets():
     items, weights = [1, 2], {"a": torch.ones(2)}
     assert ranks.share(items) is ranks.gather(items) is ranks.from_first(items) is items
-    assert ranks.collected(weights) is weights and ranks.first() and math.isclose(ranks.rank(), 0)
+    assert ranks.collected(weights) is weights and ranks.first()
     assert ranks.local(weights["a"]) is ranks.whole(weights["a"]) is weights["a"]
