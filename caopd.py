@@ -1463,7 +1463,7 @@ def pick_device(name: str) -> torch.device:
     """
     count = torch.cuda.device_count()
     places = [f"cuda:{i}" for i in range(count)]
-    own = f"cuda:{os.environ['LOCAL_RANK'] if ranks.size() > 1 else 0}"
+    own = f"cuda:{ranks.own_gpu()}"
     place = {"auto": own if count else "cpu", "cuda": own}.get(name, name)
     if place not in ("cpu", own) and ranks.size() > 1:
         raise UsageError(f"--device {name}: each of several processes has a GPU of its own; say "

@@ -37,6 +37,11 @@ def first() -> bool:
     return rank() == 0
 
 
+def own_gpu() -> int:
+    """Which GPU of its machine is this rank's."""
+    return int(os.environ["LOCAL_RANK"]) if size() > 1 else 0
+
+
 # ------------------------------------------------------------------------- beginning and ending
 
 

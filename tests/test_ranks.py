@@ -188,6 +188,16 @@ def children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    pretend(monkeypatch, 1, 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("auto", "cuda", "cuda:1"):
+        assert str(caopd.pick_device(name)) == "cuda:1"
+    assert current == ["cuda:1"] * 3
+
+
 def pretend(monkeypatch, rank: int, size: int) -> None:
     for name, value in as_torchrun(rank, size).items():
         monkeypatch.setenv(name, value)
