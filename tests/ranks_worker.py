@@ -79,7 +79,7 @@ def run(flags: list[str], stop: list | None = None) -> None:
     assert code == (130 if stop else 0), (flags, code)
 
 
-PATIENCE = 100  # seconds: ranks that wait for each other for ever are a failure
+PATIENCE = 300  # seconds: ranks that wait for each other for ever are a failure
 
 
 def as_torchrun(rank: int, size: int) -> dict[str, str]:
