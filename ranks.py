@@ -1,11 +1,11 @@
 """Several processes that train one model: torchrun --nproc-per-node N caopd.py ...
 
 torchrun starts N processes, the ranks 0 to N - 1, each with a device of its own. Every rank runs
-the whole of caopd.py on its share of the prompts. Weights, gradients and moments are spread over them
-(torch's FSDP2): a rank keeps a part of each tensor, a layer is gathered while it computes, and its
-gradients are summed over the ranks. All else is known to all: every rank takes the same decisions
-and makes the same number of passes, since one that waits for a pass of the others waits for ever.
-Rank 0 alone writes and speaks.
+the whole of caopd.py on its share of the prompts. Weights, gradients and moments are spread over
+them (torch's FSDP2): a rank keeps a part of each tensor, a layer is gathered while it computes, and
+its gradients are summed over the ranks. All else is known to all: every rank takes the same
+decisions and makes the same number of passes, since one that waits for a pass of the others waits
+for ever. Rank 0 alone writes and speaks.
 
 Where one process runs alone, each function here gives back what it gets.
 """
