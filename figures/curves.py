@@ -78,13 +78,14 @@ def seeds_of(files: list[dict[str, list[dict]]], name: str, key: str) -> tuple[l
     return list(by_update), list(by_update.values())
 
 
-def spread_apart(places: list[float], gap: float, top: float) -> list[float]:
-    """Moves places as far as it takes to stand `gap` apart, in their order and not above `top`."""
+def spread_apart(places: list[float], gap: float, bottom: float, top: float) -> list[float]:
+    """Moves places as far as it takes to stand `gap` apart, in their order, from `bottom` to
+    `top`."""
     order, moved = sorted(range(len(places)), key=places.__getitem__), list(places)
     for below, above in zip(order, order[1:]):
         moved[above] = max(moved[above], moved[below] + gap)
     risen = moved[order[-1]] - places[order[-1]]
-    down = max(risen / 2, moved[order[-1]] - top)
+    down = min(max(risen / 2, moved[order[-1]] - top), moved[order[0]] - bottom)
     return [place - down for place in moved]
 
 
@@ -110,7 +111,7 @@ def draw_panel(axes, files: list[dict], names: list[str], key: str) -> None:
     low, high = (0, 1.03) if key in SHARES else (low if negative else 0, high)
     axes.set(ylim=(low, high), xlim=(0, None), xlabel="update", ylabel=PANELS[key][1])
     heights = [y for _, y, _ in ends.values()]
-    places = spread_apart(heights, 0.09 * (high - low), high) if ends else []
+    places = spread_apart(heights, 0.09 * (high - low), low, high) if ends else []
     for (name, (x, _, color)), y in zip(ends.items(), places):
         axes.annotate(label(name, key), (x, y), xytext=(5, 0), textcoords="offset points",
                       color=color, va="center", fontsize=8.5, annotation_clip=False)
