@@ -1791,6 +1791,7 @@ def make_results(start: Path, config: Config, tokenizer: Tokenizer, task: Task, 
         else:
             train(model, name, tokenizer, task, args, out)
             model = model.for_inference()
+            ranks.free_unused()
             save(model, tokenizer, out / name)
             if args.save_adapter and ranks.first():
                 model.save_adapter(out / name / "adapter", args.model or str(start))

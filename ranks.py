@@ -11,6 +11,7 @@ Where one process runs alone, each function here gives back what it gets.
 """
 
 import copy
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,6 +136,7 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                         register_fsdp_forward_method)
+    free_unused()
     mesh = init_device_mesh(device.type, (size(),))
     computed = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32)
     stored = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -170,6 +172,15 @@ def forget_gathered(model: nn.Module) -> None:
     """
     if is_sharded(model):
         model.reshard()
+
+
+def free_unused() -> None:
+    """Frees the memory of sharded models that nothing uses any longer.
+
+    They refer to themselves, so that they stay until Python looks for such circles.
+    """
+    if size() > 1:
+        gc.collect()
 
 
 def local(tensor: Tensor) -> Tensor:

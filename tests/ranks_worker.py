@@ -9,6 +9,7 @@ its own. Its answers are right or wrong as a hash of the question says, because 
 are never right.
 """
 
+import gc
 import json
 import os
 import signal
@@ -27,8 +28,10 @@ import torch.distributed.fsdp
 
 import caopd
 import ranks
+from model import Transformer
 
 SAMPLE, REFER, SAVE = caopd.rollout, caopd.add_references, caopd.Stage.save_if_due
+EVALUATE = caopd.evaluate
 
 
 def number(*key) -> int:
@@ -55,6 +58,14 @@ def refer_one_by_one(groups, teacher, *rest):
         REFER([group], model, *rest, generator)
 
 
+def evaluate_alone(model, *rest):
+    """`caopd.evaluate`, which needs the memory of all sharded models but the one it evaluates."""
+    sharded = [it for it in gc.get_objects()
+               if issubclass(type(it), Transformer) and ranks.is_sharded(it)]
+    assert len(sharded) == ranks.is_sharded(model)
+    return EVALUATE(model, *rest)
+
+
 @contextmanager
 def alike(stop: list | None):
     """Within it, runs do the same however many ranks they have.
@@ -69,6 +80,7 @@ def alike(stop: list | None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(caopd, "rollout", one_by_one)
         patch.setattr(caopd, "add_references", refer_one_by_one)
+        patch.setattr(caopd, "evaluate", evaluate_alone)
         patch.setattr(caopd.Stage, "save_if_due", save_and_stop)
         yield
 
