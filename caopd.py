@@ -1873,7 +1873,7 @@ def run(args: Args) -> dict:
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns the exit code.
 
-    0, or 2 for a request that cannot be served, or 1 where another rank has ended, or 130 when
+    0, or 2 for a request that cannot be served, or 1 where another rank is lost, or 130 when
     interrupted: by Ctrl-C, by a request to end (SIGTERM), or by the end of its terminal (SIGHUP,
     unless nohup has it ignored).
     """
@@ -1903,9 +1903,11 @@ def serve(argv: list[str] | None) -> int:
         say("caopd.py: error: " + " ".join(str(error).split()))
         return 2
     except torch.OutOfMemoryError:
-        say("caopd.py: error: the GPU has run out of memory; --recompute and --teacher-device "
-            "cpu go on from the last checkpoint with less of it, and so do, from the start, a "
-            "lower --micro-tokens and --dtype bfloat16 --rounding stochastic")
+        less = ("--recompute goes" if ranks.size() > 1 else
+                "--recompute and --teacher-device cpu go")
+        say(f"caopd.py: error: the GPU has run out of memory; {less} on from the last checkpoint "
+            "with less of it, and so do, from the start, a lower --micro-tokens and --dtype "
+            "bfloat16 --rounding stochastic")
         return 2
     except KeyboardInterrupt:
         say("\nInterrupted. The same command goes on from the last checkpoint.")
@@ -1913,8 +1915,8 @@ def serve(argv: list[str] | None) -> int:
     except RuntimeError as error:
         if not ranks.lost_another(error):
             raise
-        say("\nAnother process of this run has ended, and all end with it. The same command goes "
-            "on from the last checkpoint.")
+        say("\nAnother process of this run cannot be reached, and all end. The same command goes "
+            f"on from the last checkpoint. ({str(error).splitlines()[0]})")
         return 1
     return 0
 
