@@ -8,7 +8,8 @@ Algorithm 1 repairs that with one change, step 3, and the order of this file is 
                                a is the answer, c the confidence that the completion states
     2. empirical confidence    mu_hat(x), the share of correct ones among them
     3. target replacement      c becomes mu_hat, in the completion and in the teacher's context
-    4. distillation loss       KL(student || teacher) at every token of the completion
+    4. distillation loss       KL(student || teacher) at every token of the completion (by default
+                               KL(teacher || student) at those of a replaced confidence)
 
 METHODS, after step 4, says in a row what tells one method from another: OPD is the same without
 step 3, GRPO has a reward in place of a teacher. `train` is the loop. Behind it stand the optimizer,
@@ -594,7 +595,7 @@ def choose_losses(method: Method, args: "Args") -> tuple[TokenLoss, TokenLoss]:
     """The method's losses on I_a and on I_c, with the flags' divergences where they are a KL.
 
     OPD has one divergence, that of Eq. 2. On a replaced confidence Eq. 7 has the same one, which
-    goes to a mode of mu_hat and may stay at 0; the released code's forward KL keeps its mean.
+    goes to a mode of mu_hat and may stay at 0; the released code's forward KL keeps mu_hat's mean.
     """
     on_answer = on_confidence = DIVERGENCES[args.divergence]
     if method.confidence is not None:
@@ -838,7 +839,7 @@ LOOK_EVERY = 120  # seconds from one time that samples are shown to the next
 class Stage:
     """What surrounds a training loop: it resumes, shows progress, logs, and saves checkpoints.
 
-    Rank 0 writes.
+    Every rank has one, and rank 0 writes and speaks.
 
     settings: all that determines the stage's result; a checkpoint of others is not taken.
     tensors: all that an update changes, by name.
@@ -1381,7 +1382,8 @@ def check_values(args: Args) -> None:
     require("a multiple of 8 (the embedded world's transformer has 4 heads)", lambda n: n % 8 == 0,
             "width")
     require("one or several of " + ", ".join(METHODS) + ", each once, separated by commas, or both",
-            lambda text: len(set(text.split(",")) & METHODS.keys()) == text.count(",") + 1, "method")
+            lambda text: len(set(text.split(",")) & METHODS.keys()) == text.count(",") + 1,
+            "method")
     require("one or several of " + ", ".join(REPLACEMENTS) + ", separated by commas",
             lambda text: set(text.split(",")) <= set(REPLACEMENTS), "replace")
     if not isinstance(parse_json(args.template_args, "--template-args"), dict):

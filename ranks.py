@@ -145,7 +145,8 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     fully_shard(model, mesh=mesh, mp_policy=stored, reshard_after_forward=False)
     for group in (*model.model.layers, model):
         group.set_gradient_divide_factor(1.0)  # Gradients are summed, as over micro-batches.
-        group.set_force_sum_reduction_for_comms(True)  # Otherwise it is a product that gloo lacks.
+        # Otherwise a factor goes along with each sum, in an operation that gloo lacks.
+        group.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden")  # Otherwise `forward` alone gathers weights.
     return model
 
