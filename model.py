@@ -539,9 +539,10 @@ class Transformer(nn.Module):
         """The same network, adapters included, whose tensors have shapes and no memory."""
         with torch.device("meta"):
             outline = Transformer(self.config)
-            for adapter in list(self.adapters().values())[:1]:
-                rank = len(adapter.lora_A)
-                outline.add_adapters(rank, adapter.scale * rank)
+            if adapted := self.adapters():
+                one = next(iter(adapted.values()))
+                rank = len(one.lora_A)
+                outline.add_adapters(rank, one.scale * rank)
         for weight, own in zip(outline.parameters(), self.parameters()):
             weight.data = weight.data.to(own.dtype)
         outline.compute_dtype, outline.recompute = self.compute_dtype, self.recompute

@@ -202,11 +202,16 @@ def trained(out: Path, seed: int, name: str, sides: tuple[str, ...]) -> Path:
         task = data.arithmetic_task(seed, 0, words=False, grades=SIDES[sides[-1]])
         caopd.train(model, name, data.toy_tokenizer(), task, args, directory)
         caopd.save(model, data.toy_tokenizer(), directory)
+        (directory / name / "checkpoint.safetensors").unlink()
     return directory
 
 
 def tested(out: Path, seed: int, name: str, sides: tuple[str, ...]) -> dict[str, dict]:
-    """The metrics of that model on each side, 1,000 held-out questions each, kept like a cell."""
+    """The metrics of that model on each side, 1,000 held-out questions each.
+
+    They are kept, as the models are, whatever has become of the defaults since: to make them again,
+    take another --out.
+    """
     kept = out / f"seed{seed}" / "cells" / f"{' '.join((name, *sides))}.json"
     if not kept.exists():
         model, figures = Transformer.from_pretrained(trained(out, seed, name, sides)), {}
