@@ -229,7 +229,7 @@ def table_of_stages(out: Path, seeds: list[int],
     """A row for each method, order of sides to train on, and side to test on."""
     runs = {f"{caopd.title(name)}, {' then '.join(sides) or 'not trained'}":
             {seed: tested(out, seed, name, sides) for seed in seeds}
-            for sides in orders for name in (("opd", "caopd") if sides else ("base",))}
+            for sides in orders for name in (DEFAULT.split(",") if sides else ("base",))}
     rows = []
     for label, by_seed in runs.items():
         for side in SIDES:
