@@ -455,10 +455,8 @@ def own_batches(costs: list[int], budget: int) -> list[list[int]]:
     All ranks have the same number of them, since all take part in each pass; the last ones of some
     ranks are empty.
     """
-    items = list(range(len(costs)))
     every = []
-    for rank in range(ranks.size()):
-        its = items[rank::ranks.size()]
+    for its in ranks.shares(list(range(len(costs)))):
         every.append([[its[i] for i in batch]
                       for batch in micro_batches([costs[i] for i in its], budget)])
     own = every[ranks.rank()]

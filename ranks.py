@@ -80,9 +80,14 @@ def first_to_end() -> bool:
 # ------------------------------------------------------------------- who does what, who knows what
 
 
+def shares(items: list) -> list[list]:
+    """The share of the items that each rank has: one of every N."""
+    return [items[i::size()] for i in range(size())]
+
+
 def share(items: list) -> list:
-    """This rank's share of the items: one of every N."""
-    return items[rank()::size()] if size() > 1 else items
+    """This rank's share of the items."""
+    return shares(items)[rank()] if size() > 1 else items
 
 
 def gather(own: list) -> list:
