@@ -828,7 +828,7 @@ class SharedPrefix(Attend):
 
 # -------------------------------------------------------------------------------- the KV cache
 
-STEPS = 32  # decoding steps of one shape
+STEPS = 32  # decoding steps that share a CUDA graph, and so one shape
 
 
 class KVCache(Attend):
@@ -842,6 +842,8 @@ class KVCache(Attend):
     prefill: a Packed(keep_kv=True) that has read the prompts; lengths: of the B prompts;
     samples: K; room: R, how many tokens each row may append.
     """
+
+    steps = 1  # decoding steps of one shape
 
     def __init__(self, prefill: Packed, lengths: list[int], samples: int, room: int):
         device = prefill.positions.device
@@ -868,8 +870,9 @@ class KVCache(Attend):
 
     @property
     def horizon(self) -> int:
-        """How many steps of its own a row looks at: a multiple of STEPS, so that shapes last."""
-        return min(self.room, (self.used // STEPS + 1) * STEPS)
+        """How many steps of its own a row looks at: those done, this one, and as many of those to
+        come as share its shape."""
+        return min(self.room, (self.used // self.steps + 1) * self.steps)
 
     def mask(self, window: int | None, share: int, dtype: torch.dtype) -> Tensor:
         """[B, H/G · K, P + horizon · K]"""
@@ -899,20 +902,27 @@ class KVCache(Attend):
         self.place_rows()
         places = places[self.padding.index]  # [B', K']
         for layer, pair in enumerate(self.layers):  # Again only one is held twice.
-            self.layers[layer] = tuple(compacted(x, self.width, samples, prompts, places)
-                                       for x in pair)
+            self.layers[layer] = tuple(
+                compacted(x, self.width, self.used, self.room, samples, prompts, places)
+                for x in pair)
 
 
-def compacted(cached: Tensor, width: int, samples: int, prompts: Tensor, places: Tensor) -> Tensor:
+def compacted(cached: Tensor, width: int, used: int, room: int, samples: int, prompts: Tensor,
+              places: Tensor) -> Tensor:
     """[B', G, P + R · K', d] of the rows that stay, from a layer's keys or values, `cached`
     [B, G, P + R · K, d].
 
-    width: P; samples: K; prompts: those that stay, [B']; places: b · K + k of each row, [B', K'].
+    width: P; used: steps done; room: R; samples: K; prompts: those that stay, [B'];
+    places: b · K + k of each row, [B', K'].
     """
-    own = cached[:, :, width:].unflatten(2, (-1, samples))  # [B, G, R, K, d]
-    own = own[places // samples, :, :, places % samples]  # [B', K', G, R, d]
-    own = own.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B', G, R · K', d]
-    return torch.cat([cached[prompts, :, :width], own], dim=2)
+    own = cached[:, :, width:width + used * samples].unflatten(2, (used, samples))
+    own = own[places // samples, :, :, places % samples]  # [B', K', G, used, d]
+    kept = own.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B', G, used · K', d]
+    shape = len(prompts), cached.shape[1], width + room * places.shape[1], cached.shape[3]
+    compact = cached.new_zeros(shape)
+    compact[:, :, :width] = cached[prompts, :, :width]
+    compact[:, :, width:width + kept.shape[2]] = kept
+    return compact
 
 
 class Decoder:
@@ -922,7 +932,9 @@ class Decoder:
     def __init__(self, model: Transformer, cache: KVCache):
         self.model, self.cache = model, cache
         self.graph, self.shape = None, None
-        self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        self.stream = None
+        if model.device.type == "cuda":
+            self.stream, cache.steps = torch.cuda.Stream(model.device), STEPS
 
     def step(self, tokens: Tensor) -> Tensor:
         """Appends tokens [N] to the rows; returns the logits [N, V] of their successors."""
