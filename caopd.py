@@ -1020,14 +1020,16 @@ def confidence_distribution(model: Transformer, tokenizer: Tokenizer, groups: li
                             tokens_at_once: int) -> np.ndarray:
     """P(c) over the 101 VALUES after each sampled answer, as the model has it, [N, 101] by rollout.
 
-    All 101 segments share what they begin with, and their common prefixes are computed once.
+    All 101 segments share what they begin with, and their common prefixes are computed once. So
+    are answers that came out the same.
     """
-    prefixes, segments = [], []
+    scored = []  # of each rollout: what comes before the confidence, and how its segment begins
     for group in groups:
         for rollout in group.rollouts:
             n, before = data.split_completion(tokenizer, rollout.ids)
-            prefixes.append(group.prompt + rollout.ids[:n])
-            segments.append(before)
+            scored.append((*group.prompt, *rollout.ids[:n], before))
+    distinct = {key: i for i, key in enumerate(dict.fromkeys(scored))}
+    prefixes, segments = [list(key[:-1]) for key in distinct], [key[-1] for key in distinct]
     branches = {before: Branches(tokenizer, before) for before in set(segments)}
     costs = [len(prefix) + branches[before].num_tokens
              for prefix, before in zip(prefixes, segments)]
@@ -1043,7 +1045,7 @@ def confidence_distribution(model: Transformer, tokenizer: Tokenizer, groups: li
             rows.append(scores.softmax(0))
             if not scores.isfinite().all():
                 raise NotFinite("logits of the confidence", prefixes[len(rows) - 1])
-    return torch.stack(rows).double().numpy()
+    return torch.stack(rows).double().numpy()[[distinct[key] for key in scored]]
 
 
 class Branches:
@@ -1115,7 +1117,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     groups = ask(model, tokenizer, examples, wording, samples, sampling, generator, name)
     confidence, correct = stated_and_correct(groups)
     with finite_logits(f"{name}, evaluation", tokenizer):
-        p = confidence_distribution(model, tokenizer, groups, sampling.tokens_at_once)
+        p = confidence_distribution(model, tokenizer, groups, sampling.tokens_at_once // SAMPLED)
     c, r, grades = confidence.ravel(), correct.ravel(), np.repeat(
         [group.example.grade for group in groups], samples)
     stated = calibration(c, r)
