@@ -1300,7 +1300,7 @@ class Args:
 DEFAULTS = {  # field: (embedded world, --model)
     "steps": (600, 100), "prompts": (16, 32), "lr": (6e-4, 1e-5), "warmup": (40, 10),
     "weight_decay": (0.0, 0.01), "teacher_rate": (0.0, 0.05), "max_new_tokens": (16, 1024),
-    "sft_steps": (900, 0), "sft_documents": (128, 32), "sft_lr": (3e-3, 2e-4),
+    "sft_steps": (1200, 0), "sft_documents": (128, 32), "sft_lr": (3e-3, 2e-4),
     "sft_noise": (0.25, 0.2), "sft_answers": (0.6, 0.0), "eval_questions": (2000, 500),
     "paper_samples": (4, 4), "oracle": (4, 4), "micro_tokens": (16384, 4096)}
 

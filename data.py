@@ -887,13 +887,15 @@ def arithmetic_task(
 def toy_tokenizer() -> Tokenizer:
     """Makes the tokenizer of the embedded world, with a chat template.
 
-    Every character is a token, but the pieces of a confidence are longer ones.
+    Every character is a token, but the pieces of a confidence are longer ones. Its tenths are one
+    token, so that the first that is written tells high from low.
     """
     special = ["<|unknown|>", "<|end|>", "<|user|>", "<|assistant|>"]
-    vocabulary = [*special, "\nConfidence: ", "0.", "1.", *"0123456789+*=\n"]
+    tenths = [f"{n / 10:.1f}" for n in range(11)]
+    vocabulary = [*special, "\nConfidence: ", *tenths, *"0123456789+*=.\n"]
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(
         {token: i for i, token in enumerate(vocabulary)}, unk_token="<|unknown|>"))
-    units = tokenizers.Regex(r"\nConfidence: |[01]\.|[\s\S]")
+    units = tokenizers.Regex(r"\nConfidence: |0\.\d|1\.0|[\s\S]")
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(units, behavior="isolated")
     backend.decoder = tokenizers.decoders.Fuse()
     backend.add_special_tokens(special)

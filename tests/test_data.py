@@ -257,7 +257,7 @@ def test_the_toy_tokenizer_round_trip(tmp_path):
     messages = [{"role": "user", "content": "12+34="}]
     assert again.chat(messages) == toy.chat(messages) == [2, *toy.encode("12+34="), 3]
     text = "64\nConfidence: 0.85"
-    assert toy.decode(toy.encode(text)) == text and len(toy.encode(text)) == 6
+    assert toy.decode(toy.encode(text)) == text and len(toy.encode(text)) == 5
     assert again.eos_ids == [1]
 
 
@@ -295,7 +295,7 @@ def test_templates_get_the_special_tokens_and_a_file_wins_over_the_config(tmp_pa
         "{{ bos_token }}{% for m in messages %}{{ m['content'] | trim }}"
         "{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ eos_token }}")
     tokenizer = Tokenizer.from_pretrained(tmp_path)
-    assert tokenizer.chat([{"role": "user", "content": " 1 "}]) == [2, 8, 1]
+    assert tokenizer.chat([{"role": "user", "content": " 1 "}]) == [2, toy_tokenizer().encode("1")[0], 1]
 
 
 def test_templates_get_variables_of_their_own_but_always_our_messages(tmp_path):

@@ -126,7 +126,7 @@ def test_the_middle_of_a_long_answer_is_left_out():
     target = caopd.Target([2], [2, 3], [ids], [1], [40], [False], [0.0])
     text = show.loss_table("opd", target, student, None, tokenizer, args)
     assert "   ... 16 more tokens of I_a\n" in text
-    assert (text.count("   I_a  "), text.count("   I_c  ")) == (24, 4)
+    assert (text.count("   I_a  "), text.count("   I_c  ")) == (24, 3)
 
 
 # ----------------------------------------------------------------------------- --ask

@@ -403,19 +403,13 @@ def test_small_k_polarizes_and_is_not_overconfident_on_the_whole():
     assert errors[0][1] == pytest.approx(0.196, abs=5e-4) and errors[3][1] < 0.05
 
 
-def test_the_ends_of_the_mode_and_of_the_toys_tokens():
+def test_the_ends_of_the_mode_and_the_first_token_of_each_level():
     ends = [rollouts.mode(8, mu) for mu in (0.11, 0.112, 0.89)]
     assert ends == [0.0, 0.125, 1.0]
     tokenizer = data.toy_tokenizer()
-    first = {value: tokenizer.encode("\n" + data.format_confidence(value))[1]
-             for value in np.arange(9) / 8}
-    assert len({first[value] for value in np.arange(8) / 8}) == 1 and first[1.0] != first[0.0]
-    for k in (1, 4, 8):  # the pool over two tokens, "0." and "1."
-        for mu in np.linspace(0.01, 0.99, 99):
-            weights = np.array([binomial(k, mu)[:-1].sum(), binomial(k, mu)[-1]])
-            pool = collapse.reverse_pool(weights, softmax(6 * np.eye(2)))
-            assert (pool[1] > 0.5) == (mu > rollouts.one_beats_zero(k)) or weights[0] == 0.5
-    assert rollouts.mode(8, 0.9) == 1.0 and 0.9 < rollouts.one_beats_zero(8) < 0.918
+    first = [tokenizer.encode("\n" + data.format_confidence(level))[1]
+             for level in np.arange(9) / 8]
+    assert len(set(first)) == 9
 
 
 def test_a_vanished_mass_returns_slowly_by_plain_descent_alone():

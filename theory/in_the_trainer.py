@@ -121,8 +121,8 @@ def probability_of(model: Transformer, prompts: list[list[int]],
     shared = SharedPrefix(prompts, [t.completions for t in targets], model.device)
     logits = model.logits(caopd.hidden_states(model, shared, mask > 0))
     nll = caopd.replaced_token(logits, None, shared.targets[mask > 0])
-    # Each completion's segment is as long as any other's: "\nConfidence: ", "0.", two digits, end.
-    return float((-nll.view(-1, 5).sum(1)).exp().mean())
+    # Each completion's segment is as long as any other's: "\nConfidence: ", tenths, a digit, end.
+    return float((-nll.view(-1, 4).sum(1)).exp().mean())
 
 
 def updates_to_return(base: Transformer, groups: list[caopd.Group], loss, driven: int,

@@ -61,14 +61,6 @@ def mode(rollouts: int, mu: float) -> float:
     return min(int((rollouts + 1) * mu + 1e-12), rollouts) / rollouts
 
 
-def one_beats_zero(rollouts: int) -> float:
-    """The μ from which a student that writes "1." or "0." first, as the toy does, prefers "1.".
-
-    On that token the pool weighs P(μ̂ = 1) = μ^K against all other levels together.
-    """
-    return 0.5 ** (1 / rollouts)
-
-
 def calibration_error(rollouts: int, sharpness: float, kind: str,
                       mus: np.ndarray = np.linspace(0.01, 0.99, 99)) -> tuple[float, float]:
     """(mean |c − μ|, mean of c − μ where μ > ½) over evenly spread success rates.
@@ -131,8 +123,8 @@ def main() -> None:
           for k, (mean, sampled, expected) in directs])
     print("\n  The mode of μ̂ is at an end for μ < 1/(K+1) or μ > K/(K+1): at K = 8, "
           f"{mode(8, 0.11):.2f} up to μ = .11 and {mode(8, 0.89):.2f} from .89 on.\n"
-          '  Written token by token, "1." beats "0." only from '
-          f"μ = {one_beats_zero(8):.3f} on.\n")
+          "  The toy writes the tenths first, in one token, and the nine levels of K = 8 differ in "
+          "them.\n")
     print("  Updates until half the mass is on .88, for a student driven to 0.00 with these "
           "log-odds:\n")
     odds = (0.0, 4.0, 8.0, 12.0)
