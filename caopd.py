@@ -467,6 +467,26 @@ def own_batches(costs: list[int], budget: int) -> list[list[int]]:
 NOTHING_TO_LEARN = Target([0], [0], [[0]], [0], [1], [False], [0.0])
 
 
+def step_gradient(student: Transformer, teacher: Transformer | None, targets: list[Target],
+                  answer_loss: TokenLoss, confidence_loss: TokenLoss, skip_tokens: int,
+                  micro_tokens: int) -> tuple[np.ndarray, float]:
+    """Step 4 of Algorithm 1 for all targets, which ranks share, `micro_tokens` at a time.
+
+    Eq. 2 sums over tokens: we divide by their number in the step, which keeps their proportions
+    within a step and not between steps. AdamW hardly sees that scale, and gradient clipping does.
+    Returns the losses over I_a and over I_c, [2], and the share of I_c that the teacher copies.
+    """
+    on_answer, on_confidence = (int(m.sum()) for m in loss_masks(targets, skip_tokens))
+    num_tokens = max(1, on_answer + on_confidence)
+    sums = np.zeros(3)  # loss over I_a, loss over I_c, tokens of I_c that the teacher copies
+    for batch in own_batches([target.num_tokens for target in targets], micro_tokens):
+        sums += accumulate_gradient(
+            student, teacher, [targets[i] for i in batch] or [NOTHING_TO_LEARN], answer_loss,
+            confidence_loss, skip_tokens, 1 / num_tokens)
+    sums = ranks.total(sums)
+    return sums[:2] / num_tokens, sums[2] / max(1, on_confidence)
+
+
 # ------------------------------------------------------------------------------- the methods
 
 
@@ -549,17 +569,9 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
                                     args.context if method.teacher else None,
                                     args.replace.split(","))
 
-        # 4. Loss, Eq. 7, and its gradient. Eq. 2 sums over tokens: we divide by their number in
-        #    the step, which keeps their proportions within a step and not between steps. AdamW
-        #    hardly sees that scale, and gradient clipping does. Ranks share the targets.
-        on_answer, on_confidence = (int(m.sum()) for m in loss_masks(targets, args.skip_tokens))
-        num_tokens = max(1, on_answer + on_confidence)
-        sums = np.zeros(3)  # loss over I_a, loss over I_c, tokens of I_c that the teacher copies
-        for batch in own_batches([target.num_tokens for target in targets], args.micro_tokens):
-            sums += accumulate_gradient(
-                student, teacher, [targets[i] for i in batch] or [NOTHING_TO_LEARN], answer_loss,
-                confidence_loss, args.skip_tokens, 1 / num_tokens)
-        sums = ranks.total(sums)
+        # 4. Loss: the two sums of Eq. 7, and their gradient.
+        losses, copied = step_gradient(student, teacher, targets, answer_loss, confidence_loss,
+                                       args.skip_tokens, args.micro_tokens)
 
         # Update: AdamW for the student, and the teacher follows as its moving average.
         generator = seeded(args.seed, "rounding", step, student.device)
@@ -568,9 +580,9 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         if teacher is not None and args.teacher_rate > 0:
             ema_update(teacher, student, args.teacher_rate, generator)
 
-        row = summarize(groups, targets, sums[:2] / num_tokens)
+        row = summarize(groups, targets, losses)
         if teacher is not None and method.confidence is not None:
-            row["copied"] = sums[2] / max(1, on_confidence)
+            row["copied"] = copied
         stage.log(step, row | {"lr": lr, "grad_norm": grad_norm}, pick_samples(groups, step))
         stage.save_if_due(step)
 
@@ -1301,7 +1313,7 @@ DEFAULTS = {  # field: (embedded world, --model)
     "steps": (600, 100), "prompts": (16, 32), "lr": (6e-4, 1e-5), "warmup": (40, 10),
     "weight_decay": (0.0, 0.01), "teacher_rate": (0.0, 0.05), "max_new_tokens": (16, 1024),
     "sft_steps": (1200, 0), "sft_documents": (128, 32), "sft_lr": (3e-3, 2e-4),
-    "sft_noise": (0.25, 0.2), "sft_answers": (0.6, 0.0), "eval_questions": (2000, 500),
+    "sft_noise": (0.25, 0.2), "sft_answers": (0.5, 0.0), "eval_questions": (2000, 500),
     "paper_samples": (4, 4), "oracle": (4, 4), "micro_tokens": (16384, 4096)}
 
 
