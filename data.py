@@ -53,13 +53,26 @@ def thinking_end(text: str) -> int:
 
 
 def confidence_segment(text: str) -> re.Match | None:
-    """Finds the confidence segment of a completion: its last `Confidence: ...` after any thinking.
-
-    Returns the match, or None where there is none. The segment c begins where the match begins,
-    and it goes on to the end of the text.
+    """Finds the confidence that counts in a completion: its last `Confidence: ...` after any
+    thinking. Returns the match, or None where there is none.
     """
     segments = list(SEGMENT.finditer(text, thinking_end(text)))
     return segments[-1] if segments else None
+
+
+def segment_start(text: str) -> int | None:
+    """Finds where the segment c of a completion begins; it goes on to the end of the text.
+
+    It begins with the confidence that counts, or with the first of several that are stated in a
+    row. Were c the last of those alone, the others would be learned as a part of the answer, and a
+    student that once repeats itself would be taught to.
+    """
+    start = None
+    for segment in reversed(list(SEGMENT.finditer(text, thinking_end(text)))):
+        if start is not None and text[segment.end():start].strip():
+            break
+        start = segment.start()
+    return start
 
 
 def parse_confidence(text: str) -> float | None:
@@ -92,12 +105,12 @@ def split_completion(tokenizer: "Tokenizer", ids: list[int]) -> tuple[int, str]:
     thinking that was left unfinished.
     """
     text = tokenizer.decode(ids)
-    segment = confidence_segment(text)
-    if segment is None:
+    start = segment_start(text)
+    if start is None:
         ended = bool(ids) and ids[-1] in tokenizer.eos_ids
         before = "\n</think>\n" if still_thinking(text) else "\n"
         return len(ids) - 1 if ended else len(ids), before
-    answer_and_more = text[:segment.start() + 1]  # as far as the first character of c
+    answer_and_more = text[:start + 1]  # as far as the first character of c
 
     def reaches_the_segment(count: int) -> bool:
         return tokenizer.decode(ids[:count]).startswith(answer_and_more)
@@ -105,7 +118,7 @@ def split_completion(tokenizer: "Tokenizer", ids: list[int]) -> tuple[int, str]:
     # Decoding prefixes is monotone in their length: once one reaches c, so does every longer one.
     # A binary search finds the first that does, and the answer part is one token shorter.
     n = bisect_left(range(len(ids) + 1), True, key=reaches_the_segment) - 1
-    return n, text[len(tokenizer.decode(ids[:n])):segment.start()]
+    return n, text[len(tokenizer.decode(ids[:n])):start]
 
 
 def replace_confidence(
@@ -275,8 +288,7 @@ TASKS = tuple(KINDS)
 
 def answer_part(text: str) -> str:
     """Returns the answer part a of a completion: after its thinking, before its confidence."""
-    segment = confidence_segment(text)
-    return text[thinking_end(text):segment.start() if segment else None]
+    return text[thinking_end(text):segment_start(text)]
 
 
 def extract(example: Example, text: str) -> object:
@@ -705,8 +717,8 @@ class Row:
             self.answer = without_commas(text.rpartition("####")[2].strip())
         if isinstance(self.demo, list):
             self.demo = "\n".join(self.demo)
-        if segment := confidence_segment(self.demo):
-            self.demo = self.demo[:segment.start()].rstrip()
+        if (start := segment_start(self.demo)) is not None:
+            self.demo = self.demo[:start].rstrip()
 
 
 def find_names(row: dict) -> dict[str, str]:

@@ -356,9 +356,9 @@ class Text(Kind):
         return "text", "".join(rng.sample(pieces, len(pieces)))
 
     def attempt(self, name: str, content: Content) -> None:
-        value, segment = data.parse_confidence(content), data.confidence_segment(content)
+        value = data.parse_confidence(content)
         assert value is None or type(value) is float and 0 <= value <= 1, "a confidence of none"
-        answer = content[:segment.start()] if segment else content
+        answer = content[:data.segment_start(content)]
         if data.still_thinking(content):
             answer += "</think>"
         restated = data.stated(answer, 0.37)
@@ -389,12 +389,12 @@ class Tokens(Kind):
     def attempt(self, name: str, content: Content) -> None:
         tokenizer = self.tokenizers[name]
         text, value = tokenizer.decode(content), len(content) % 101 / 100
-        segment = data.confidence_segment(text)
+        start = data.segment_start(text)
         n, before = data.split_completion(tokenizer, content)
         new, kept = data.replace_confidence(tokenizer, content, value)
         assert n == kept and new[:n] == content[:n], "the answer's tokens have changed"
         assert new[-1] == tokenizer.eos_ids[0], "no end"
-        answer = text[:segment.start()] if segment else text + before
+        answer = text + before if start is None else text[:start]
         assert tokenizer.decode(new) == answer + data.format_confidence(value), "another text"
         assert data.parse_confidence(tokenizer.decode(new)) == value, "another confidence"
 

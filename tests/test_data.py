@@ -52,6 +52,23 @@ def test_replacement_keeps_the_answer_ids_and_states_the_value(answer):
         assert split_completion(tokenizer, new)[0] in (n, n + (not segment))
 
 
+@pytest.mark.parametrize("text, replaced, stated, right", [
+    ("64\nConfidence: 0.50\nConfidence: 0.80", "64\nConfidence: 0.38", 0.8, True),
+    ("64\nConfidence: 0.50\n\nConfidence: 0.00\nConfidence: 0.10", "64\nConfidence: 0.38", 0.1,
+     True),
+    ("64\nConfidence: 0.50\n46\nConfidence: 0.80",
+     "64\nConfidence: 0.50\n46\nConfidence: 0.38", 0.8, False),
+    ("\nConfidence: 0.50\nConfidence: 0.80", "\nConfidence: 0.38", 0.8, False)])
+def test_confidences_in_a_row_are_one_segment_and_the_last_of_them_counts(text, replaced, stated,
+                                                                          right):
+    """A student that states its confidence twice is not taught to, and its answer is the same."""
+    tokenizer = toy_tokenizer()
+    new, n = replace_confidence(tokenizer, tokenizer.encode(text) + [1], 0.375)
+    assert tokenizer.decode(new) == replaced and new[:n] == tokenizer.encode(text)[:n]
+    assert parse_confidence(text) == stated
+    assert verify(Example("arithmetic", "12+34=", "64"), text) is right
+
+
 def merging_tokenizer(*more: str) -> Tokenizer:
     """Its tokens straddle the segment's start, and decoding then encoding changes tokens."""
     vocabulary = ["<eos>", "6", "4", "64", ".", " ", "\n", "\nCon", " Confidence", "fidence", "C",
