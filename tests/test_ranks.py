@@ -105,7 +105,7 @@ def assert_close(found: object, expected: object, tolerance: float, where: str =
         assert found == expected, where
 
 
-def assert_same_tensors(found: Path, expected: Path, tolerance: float = 2e-6) -> None:
+def assert_same_tensors(found: Path, expected: Path, tolerance: float = 1e-5) -> None:
     found, expected = load_file(found), load_file(expected)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
