@@ -60,14 +60,17 @@ from model import Config, NotFinite, SharedPrefix, Transformer, activation_bytes
 # ------------------------------------------------------------------- Algorithm 1, step 1: rollout
 
 
+SAMPLED = 4  # Sampling keeps keys and values alone: it takes 4 times --micro-tokens at once.
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are sampled, and how many tokens of prompts and completions at once."""
+    """How completions are sampled, and how many tokens are computed at once."""
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
-    tokens_at_once: int = 65536
+    micro_tokens: int = 16384  # of a forward pass; sampling takes SAMPLED times as many
 
 
 @dataclass
@@ -118,7 +121,7 @@ def sample_completions(model: Transformer, tokenizer: Tokenizer, prompts: list[l
     """`num_samples` completions of each prompt, in as few batches as memory allows."""
     model, completions = model.for_inference(), []
     costs = [len(prompt) + num_samples * sampling.max_new_tokens for prompt in prompts]
-    for batch in micro_batches(costs, sampling.tokens_at_once):
+    for batch in micro_batches(costs, SAMPLED * sampling.micro_tokens):
         flat = generate(model, [prompts[i] for i in batch], sampling.max_new_tokens,
                         sampling.temperature, top_p=sampling.top_p, eos_ids=tokenizer.eos_ids,
                         num_samples=num_samples, generator=generator)
@@ -1129,7 +1132,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     groups = ask(model, tokenizer, examples, wording, samples, sampling, generator, name)
     confidence, correct = stated_and_correct(groups)
     with finite_logits(f"{name}, evaluation", tokenizer):
-        p = confidence_distribution(model, tokenizer, groups, sampling.tokens_at_once // SAMPLED)
+        p = confidence_distribution(model, tokenizer, groups, sampling.micro_tokens)
     c, r, grades = confidence.ravel(), correct.ravel(), np.repeat(
         [group.example.grade for group in groups], samples)
     stated = calibration(c, r)
@@ -1160,8 +1163,8 @@ def oracle(mu: np.ndarray, correct: np.ndarray, samples: int) -> dict:
 
     mu: μ̂(x) of each answer's question, [N], from `samples` other answers; correct: [N].
     Brier is the floor E[μ(1 − μ)], unbiased, since E[μ̂(1 − μ̂)] = (1 − 1/N) μ(1 − μ). SPR and ECE
-    are those of μ̂ itself, whose scatter can lower SPR and, by breaking ties, raise it: neither is a
-    bound. theory/prompt_level.py has both yardsticks exactly.
+    are those of μ̂ itself, whose scatter can lower SPR and, by breaking ties, raise it: neither is
+    a bound. theory/prompt_level.py has both yardsticks exactly.
     """
     floor = float((mu * (1 - mu)).mean() * samples / (samples - 1))
     return calibration(mu, correct) | {"brier": floor}
@@ -1457,11 +1460,8 @@ def settings(args: Args, stage: str, task: Task) -> dict:
     return {"stage": stage, "questions": task.fingerprint} | chosen
 
 
-SAMPLED = 4  # Sampling keeps keys and values alone: it takes 4 times --micro-tokens at once.
-
-
 def rollout_sampling(args: Args) -> Sampling:
-    return Sampling(args.max_new_tokens, args.temperature, 1.0, SAMPLED * args.micro_tokens)
+    return Sampling(args.max_new_tokens, args.temperature, 1.0, args.micro_tokens)
 
 
 def eval_sampling(args: Args) -> Sampling:

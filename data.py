@@ -52,12 +52,9 @@ def thinking_end(text: str) -> int:
     return len(text) if still_thinking(text) else len(thinking + end)
 
 
-def confidence_segment(text: str) -> re.Match | None:
-    """Finds the confidence that counts in a completion: its last `Confidence: ...` after any
-    thinking. Returns the match, or None where there is none.
-    """
-    segments = list(SEGMENT.finditer(text, thinking_end(text)))
-    return segments[-1] if segments else None
+def confidence_segments(text: str) -> list[re.Match]:
+    """Finds every `Confidence: ...` of a completion after any thinking. The last one counts."""
+    return list(SEGMENT.finditer(text, thinking_end(text)))
 
 
 def segment_start(text: str) -> int | None:
@@ -68,7 +65,7 @@ def segment_start(text: str) -> int | None:
     student that once repeats itself would be taught to.
     """
     start = None
-    for segment in reversed(list(SEGMENT.finditer(text, thinking_end(text)))):
+    for segment in reversed(confidence_segments(text)):
         if start is not None and text[segment.end():start].strip():
             break
         start = segment.start()
@@ -81,8 +78,8 @@ def parse_confidence(text: str) -> float | None:
     text: the whole completion. Its number may be written as `0.85` or as `85%`.
     Returns a value in [0, 1], or None where there is no segment or no such number in it.
     """
-    segment = confidence_segment(text)
-    number = segment and NUMBER.fullmatch(segment[1].rstrip(".,;)*"))
+    segments = confidence_segments(text)
+    number = segments and NUMBER.fullmatch(segments[-1][1].rstrip(".,;)*"))
     if not number:
         return None
     value = float(number[1]) / (100 if number[2] else 1)

@@ -903,23 +903,22 @@ class KVCache(Attend):
         places = places[self.padding.index]  # [B', K']
         for layer, pair in enumerate(self.layers):  # Again only one is held twice.
             self.layers[layer] = tuple(
-                compacted(x, self.width, self.used, self.room, samples, prompts, places)
-                for x in pair)
+                compacted(x, self.width, self.used, samples, prompts, places) for x in pair)
 
 
-def compacted(cached: Tensor, width: int, used: int, room: int, samples: int, prompts: Tensor,
+def compacted(cached: Tensor, width: int, used: int, samples: int, prompts: Tensor,
               places: Tensor) -> Tensor:
     """[B', G, P + R · K', d] of the rows that stay, from a layer's keys or values, `cached`
     [B, G, P + R · K, d].
 
-    width: P; used: steps done; room: R; samples: K; prompts: those that stay, [B'];
+    width: P; used: steps done, of R; samples: K; prompts: those that stay, [B'];
     places: b · K + k of each row, [B', K'].
     """
-    own = cached[:, :, width:width + used * samples].unflatten(2, (used, samples))
-    own = own[places // samples, :, :, places % samples]  # [B', K', G, used, d]
-    kept = own.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B', G, used · K', d]
-    shape = len(prompts), cached.shape[1], width + room * places.shape[1], cached.shape[3]
-    compact = cached.new_zeros(shape)
+    own = cached[:, :, width:].unflatten(2, (-1, samples))  # [B, G, R, K, d]
+    kept = own[:, :, :used][places // samples, :, :, places % samples]  # [B', K', G, used, d]
+    kept = kept.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B', G, used · K', d]
+    size = width + own.shape[2] * places.shape[1]
+    compact = cached.new_zeros(len(prompts), cached.shape[1], size, cached.shape[3])
     compact[:, :, :width] = cached[prompts, :, :width]
     compact[:, :, width:width + kept.shape[2]] = kept
     return compact

@@ -233,7 +233,7 @@ def replies(model: Transformer, tokenizer: Tokenizer, examples: list[Example],
     sampling = eval_sampling(args)
     generator = seeded(args.seed, "ask", 0, model.device)
     groups = rollout(model, tokenizer, examples, wording(args), args.rollouts, sampling, generator)
-    p = confidence_distribution(model.for_inference(), tokenizer, groups, args.micro_tokens)
+    p = confidence_distribution(model.for_inference(), tokenizer, groups, sampling.micro_tokens)
     expected = (p @ VALUES).reshape(len(groups), -1).mean(1)  # [Q]
     return [reply(group, float(mean)) for group, mean in zip(groups, expected)]
 

@@ -312,7 +312,7 @@ def test_templates_get_the_special_tokens_and_a_file_wins_over_the_config(tmp_pa
         "{{ bos_token }}{% for m in messages %}{{ m['content'] | trim }}"
         "{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ eos_token }}")
     tokenizer = Tokenizer.from_pretrained(tmp_path)
-    assert tokenizer.chat([{"role": "user", "content": " 1 "}]) == [2, toy_tokenizer().encode("1")[0], 1]
+    assert tokenizer.chat([{"role": "user", "content": " 1 "}]) == [2, 17, 1]
 
 
 def test_templates_get_variables_of_their_own_but_always_our_messages(tmp_path):

@@ -105,7 +105,7 @@ def assert_close(found: object, expected: object, tolerance: float, where: str =
         assert found == expected, where
 
 
-def assert_same_tensors(found: Path, expected: Path, tolerance: float = 1e-5) -> None:
+def assert_same_tensors(found: Path, expected: Path, tolerance: float = 2e-6) -> None:
     found, expected = load_file(found), load_file(expected)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -122,8 +122,8 @@ def test_several_processes_do_what_one_does(outcomes, name, processes):
     files = sorted(path.relative_to(alone) for path in alone.glob("*/**/*.safetensors"))
     assert files and files == sorted(
         path.relative_to(together) for path in together.glob("*/**/*.safetensors"))
-    for file in files:
-        assert_same_tensors(together / file, alone / file)
+    for file in files:  # AdamW divides by what may be a small gradient.
+        assert_same_tensors(together / file, alone / file, 1e-5)
 
 
 @pytest.mark.parametrize("name", ROUNDED)
