@@ -1284,7 +1284,7 @@ class Args:
     eval_temperature: float = flag(EVAL, NOTHING, 1.0, "sampling temperature; 1 is where mu_hat is "
                                    "measured")
     eval_top_p: float = flag(EVAL, NOTHING, 1.0, "nucleus sampling")
-    eval_samples: int = flag(EVAL, NOTHING, 1, "answers a question")
+    eval_samples: int = flag(EVAL, NOTHING, None, "answers a question")
     paper_samples: int = flag(EVAL, NOTHING, None, "answers a question, sampled as the paper "
                               "evaluates: temperature 0.6, top-p 0.95; 0 leaves it out")
     oracle: int = flag(EVAL, NOTHING, None, "also estimate each question's success rate mu(x) from "
@@ -1316,8 +1316,9 @@ DEFAULTS = {  # field: (embedded world, --model)
     "steps": (600, 100), "prompts": (16, 32), "lr": (6e-4, 1e-5), "warmup": (40, 10),
     "weight_decay": (0.0, 0.01), "teacher_rate": (0.0, 0.05), "max_new_tokens": (16, 1024),
     "sft_steps": (1200, 0), "sft_documents": (128, 32), "sft_lr": (3e-3, 2e-4),
-    "sft_noise": (0.25, 0.2), "sft_answers": (0.5, 0.0), "eval_questions": (2000, 500),
-    "paper_samples": (4, 4), "oracle": (4, 4), "micro_tokens": (16384, 4096)}
+    "sft_noise": (0.25, 0.2), "sft_answers": (0.5, 0.0), "eval_questions": (1200, 500),
+    "eval_samples": (4, 1), "paper_samples": (2, 4), "oracle": (4, 4),
+    "micro_tokens": (16384, 4096)}
 
 
 class UsageError(BadInput):
