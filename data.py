@@ -793,11 +793,11 @@ def listed_task(examples: list[Example], held_out: list[Example], seed: int) -> 
 
 # ------------------------------------------------------- the embedded world: small arithmetic
 
-# Not 1*1: its 55 products are learned by heart, and those that are held out are then not known,
-# which no confidence can tell from the prompt.
+# There is no 1*1: its 55 products are learned by heart, those that are held out are then not known,
+# and no confidence can tell from a prompt whether it was among the former.
 GRADES = {  # name: operation, digits of its operands, which are what makes a question hard
     "1+1": ("+", 1, 1), "2+1": ("+", 2, 1), "2+2": ("+", 2, 2), "3+3": ("+", 3, 3),
-    "2*1": ("*", 2, 1), "3*1": ("*", 3, 1), "2*2": ("*", 2, 2), "3*2": ("*", 3, 2)}
+    "2*1": ("*", 2, 1), "2*2": ("*", 2, 2), "3*2": ("*", 3, 2)}
 SPLITS = ("held-out", "validation")  # the sides that can be asked
 
 

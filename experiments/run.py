@@ -195,7 +195,7 @@ def trained(out: Path, seed: int, name: str, sides: tuple[str, ...]) -> Path:
         cell(out, seed, "default", "--method", DEFAULT)  # makes the base
         return out / f"seed{seed}" / "base"
     if not (directory / "config.json").exists():
-        # A side has half of the grades: with half of the updates each is asked as often as ever.
+        # A side has about half of the grades: with half of the updates each is asked as often.
         args = caopd.parse_args(["--seed", str(seed), "--dtype", "float32", "--steps", "300"])
         start = trained(out, seed, name, sides[:-1])
         model = caopd.load_model(start, None, args, torch.device("cpu"))

@@ -627,7 +627,7 @@ def test_fingerprints_tell_training_questions_apart():
 
     settings = [{}, {"words": True}, {"split": "validation"}, {"grades": ("1+1",)}]
     assert len({generated(**setting) for setting in settings}) == len(settings)
-    assert generated() == generated(seed=1, held_out=8, eval_grades=("1*1",))
+    assert generated() == generated(seed=1, held_out=8, eval_grades=("2*1",))
     assert generated() == generated(grades=list(data.GRADES))
 
 
@@ -669,22 +669,22 @@ def test_the_world_in_words_asks_the_same_questions():
         assert other.grade == example.grade
         assert example.answer == other.answer[::-1] and verify(example, example.demo)
     # Small steps see all grades.
-    drawn = [e.grade for step in range(4) for e in worded.draw(4, "distill", step)]
-    assert drawn == 2 * list(data.GRADES)
+    drawn = [e.grade for step in range(7) for e in worded.draw(4, "distill", step)]
+    assert drawn == 4 * list(data.GRADES)
 
 
 @pytest.mark.parametrize("seed, words, held_out, base, distill, crc", [
     (0, False,
-     ["0+6=", "80+9=", "66+57=", "701+891=", "9*1=", "89*4=", "66*79=", "782*79="],
-     ["9+3=", "39+4=", "98+44=", "688+440=", "2*8=", "10*4=", "85*22=", "451*92="],
-     ["1+9=", "32+6=", "71+50=", "205+446=", "4*2=", "59*6=", "96*41=", "224*28="], 2706305597),
+     ["0+6=", "80+9=", "66+57=", "701+891=", "20*6=", "29*58=", "283*13=", "4+6="],
+     ["9+3=", "39+4=", "98+44=", "688+440=", "26*8=", "10*96=", "382*49=", "9+1="],
+     ["1+9=", "32+6=", "71+50=", "205+446=", "46*2=", "59*65=", "794*41=", "1+2="], 3437409433),
     (3, True,
-     ["0 + 6", "80 + 9", "66 + 57", "701 + 891", "9 times 1", "89 times 4", "66 times 79",
-      "782 times 79"],
-     ["2 + 3", "78 + 0", "50 + 60", "449 + 546", "8 times 8", "49 times 9", "79 times 71",
-      "868 times 95"],
-     ["3 + 0", "65 + 8", "67 + 43", "457 + 936", "2 times 6", "85 times 2", "14 times 84",
-      "394 times 47"], 2828683603)])
+     ["0 + 6", "80 + 9", "66 + 57", "701 + 891", "20 times 6", "29 times 58", "283 times 13",
+      "4 + 6"],
+     ["2 + 3", "78 + 0", "50 + 60", "449 + 546", "38 times 6", "49 times 82", "659 times 71",
+      "6 + 8"],
+     ["3 + 0", "65 + 8", "67 + 43", "457 + 936", "91 times 2", "65 times 85", "760 times 32",
+      "0 + 9"], 2472829134)])
 def test_the_world_asks_what_it_always_asked(seed, words, held_out, base, distill, crc):
     task = data.arithmetic_task(seed, 400, words)
 
@@ -779,7 +779,7 @@ def test_documents_teach_answers_first_and_then_every_grade_with_and_without_a_d
     assert all(parse_confidence(document.completion) is not None for document in late)
 
 
-@pytest.mark.parametrize("seed, words, crc", [(0, False, 3410760648), (3, True, 3723967947)])
+@pytest.mark.parametrize("seed, words, crc", [(0, False, 941091910), (3, True, 502695292)])
 def test_documents_are_drawn_as_they_always_were(seed, words, crc):
     task = data.arithmetic_task(seed, 8, words)
     drawn = [[d.messages, d.completion, d.ends] for step in range(10)

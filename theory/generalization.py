@@ -26,9 +26,8 @@ from files import BadInput
 from model import Transformer
 from worlds import show
 
-WORLDS = {"1*1: few questions, known by heart": ("1*1",),
-          "2*1: some hundreds": ("2*1",),
-          "2+2, 3+3: more than anyone could memorize": ("2+2", "3+3")}
+WORLDS = {"2*1: hundreds of products, partly known by heart": ("2*1",),
+          "2+2, 3+3: sums, of which every digit follows the same rule": ("2+2", "3+3")}
 HEADER = ["", "accuracy, trained", "held out", "confidence, trained", "held out", "OCG, trained",
           "held out"]
 
@@ -38,7 +37,8 @@ def ask_both(directory: Path, name: str, grades: tuple[str, ...], questions: int
     answers each."""
     made = json.loads((directory / "results.json").read_text())["settings"]
     args = replace(caopd.parse_args([]), **made)
-    task = data.arithmetic_task(args.seed, 8 * questions, words=False, split=args.split)
+    enough = len(data.GRADES) * questions  # grades come in turn
+    task = data.arithmetic_task(args.seed, enough, words=False, split=args.split)
     trained = {e for step in range(args.steps)
                for e in task.draw(args.prompts, "distill", step) if e.grade in grades}
     held_out = {e for e in task.held_out if e.grade in grades}
