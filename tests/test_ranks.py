@@ -29,7 +29,7 @@ WORLD = [*COMMON, "--width", "16", "--layers", "2", "--sft-steps", "2", "--sft-d
          "--prompts", "5", "--micro-tokens", "100", "--save-every", "1"]
 REAL = [*COMMON, "--prompts", "3", "--lr", "1e-3"]  # with --model
 RUNS = {
-    "methods": [*WORLD, "--method", "opd,caopd,grpo"],
+    "methods": [*WORLD, "--method", "opd,caopd,sampled"],
     # Two prompts leave two of four ranks without any. Contexts are lacking where no rollout is
     # right, and norms of two numbers leave ranks without a part of them.
     "few": [*WORLD, "--width", "8", "--layers", "1", "--prompts", "2", "--rollouts", "2",
