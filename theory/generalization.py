@@ -37,16 +37,16 @@ def ask_both(directory: Path, name: str, grades: tuple[str, ...], questions: int
     answers each."""
     made = json.loads((directory / "results.json").read_text())["settings"]
     args = replace(caopd.parse_args([]), **made)
-    enough = len(data.GRADES) * questions  # grades come in turn
-    task = data.arithmetic_task(args.seed, enough, words=False, split=args.split)
+    task = data.arithmetic_task(args.seed, questions, words=False, split=args.split,
+                                eval_grades=grades)
     trained = {e for step in range(args.steps)
                for e in task.draw(args.prompts, "distill", step) if e.grade in grades}
-    held_out = {e for e in task.held_out if e.grade in grades}
     sampling = caopd.Sampling(args.max_new_tokens, args.eval_temperature, args.eval_top_p)
     model = Transformer.from_pretrained(directory / name).for_inference()
     columns = []
-    for side in (trained, held_out):
-        asked = sorted(side, key=lambda e: e.question)[:questions]
+    for side in (trained, set(task.held_out)):
+        asked = sorted(side, key=lambda e: e.question)
+        asked = asked[::-(-len(asked) // questions)]  # of many, evenly spread over all
         generator = caopd.seeded(args.seed, "generalization", 1, model.device)
         samples = max(1, questions // len(asked))  # answers to each, where there are few
         groups = caopd.ask(model, data.toy_tokenizer(), asked, task.wording, samples, sampling,
