@@ -546,9 +546,9 @@ def size(value: object) -> float:
 class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """What chat templates run in: the helpers that they expect, and nothing beyond them.
 
-    A template is foreign code, and has to end. Compiling puts a call of `metered` around whatever
-    it writes, assigns or repeats, and every call costs fuel, the more the larger its arguments and
-    its result are. What stays unbounded is one replacement, one join or one conversion.
+    A template is foreign code, and has to end. Compiling applies the filter `metered` to whatever
+    it writes, assigns or repeats, and every filter and call costs fuel, the more the larger its
+    arguments and its result are. What stays unbounded is one replacement, join or conversion.
     """
 
     intercepted_binops = frozenset(["*", "**", "%"])
@@ -559,17 +559,23 @@ class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                          extensions=["jinja2.ext.loopcontrols", GenerationBlock])
         # Among Jinja's other functions is `lipsum`, which writes as much text as it is asked for.
         kept = {name: self.globals[name] for name in ("range", "dict", "namespace")}
-        self.globals = kept | {"raise_exception": raise_exception, "strftime_now": strftime_now,
-                               "metered": as_it_is}
+        self.globals = kept | {"raise_exception": raise_exception, "strftime_now": strftime_now}
         self.filters["tojson"] = lambda value, **options: json.dumps(
             value, **{"ensure_ascii": False} | options)
         self.filters = {name: self.paid(function) for name, function in self.filters.items()}
+        self.filters["metered"] = self.metered
 
     def spend(self, values: Iterable) -> None:
         largest = max(map(size, values), default=0)
         if not largest <= LONGEST or self.fuel < 0:
             raise jinja2.TemplateError("it does not seem to end")
         self.fuel -= 1 + largest // 1000
+
+    @jinja2.pass_context  # which also keeps Jinja from working it out once, when it compiles
+    def metered(self, context, value):
+        """The value as it is, for fuel. A number that is just written asks for nothing."""
+        self.spend([0 if isinstance(value, (int, float)) else value])
+        return value
 
     def paid(self, function: Callable) -> Callable:
         """A filter that costs fuel. A number that it is applied to asks for nothing."""
@@ -606,7 +612,7 @@ class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def compile_metered(self, source: str) -> jinja2.Template:
         def metered(expression: nodes.Expr) -> nodes.Expr:
-            return nodes.Call(nodes.Name("metered", "load"), [expression], [], None, None)
+            return nodes.Filter(expression, "metered", [], [], None, None)
 
         tree = self.parse(source)
         for node in list(tree.find_all((nodes.Assign, nodes.For, nodes.Output))):

@@ -352,9 +352,10 @@ def test_templates_may_have_large_numbers_and_widths(tmp_path):
 
 def test_templates_have_what_they_need(tmp_path):
     template = ("{% set n = namespace(total=0) %}{% for i in range(4) %}"
-                "{% set n.total = n.total + i %}{% endfor %}{{ n.total }}{{ dict(a=7).a }}")
+                "{% set n.total = n.total + i %}{% endfor %}{{ n.total }}{{ dict(a=7).a }}"
+                "{% set metered = 8 %}{{ metered }}")  # the name of our own filter
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template))
-    assert tokenizer.decode(tokenizer.chat(ASK)) == "67"
+    assert tokenizer.decode(tokenizer.chat(ASK)) == "678"
 
 
 @pytest.mark.parametrize("template, words", [
