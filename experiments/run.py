@@ -5,6 +5,7 @@
     python experiments/run.py rollouts     K = 1 to 32 rollouts a prompt
     python experiments/run.py divergence   what is minimized on the confidence, and how it is read
     python experiments/run.py ablation     with and without each place where mu_hat is stated
+    python experiments/run.py adapters     adapters (LoRA) in place of all weights
     python experiments/run.py drift        more updates, a teacher that stays or one that follows
     python experiments/run.py transfer     train on additions, test on multiplications, and back
     python experiments/run.py continual    train on one, then on the other
@@ -17,8 +18,8 @@ seeds, and kept with all its cells in experiments/NAME.json.
 import argparse
 import json
 import sys
-from dataclasses import asdict
-from itertools import permutations
+from dataclasses import asdict, replace
+from itertools import combinations, permutations
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -166,13 +167,26 @@ def divergence(out: Path, seeds: list[int]) -> tuple[str, dict]:
 
 
 def ablation(out: Path, seeds: list[int]) -> tuple[str, dict]:
-    """CaOPD that states mu_hat in the completion alone, or in the teacher's demonstration alone.
+    """CaOPD that states mu_hat in all, two, or one of the places where the paper states it.
 
-    The embedded world has no words, and so no instruction to leave out.
+    The embedded world has no words, and so no instruction to leave out. Here its teacher is also
+    told the value that it shall state, on a line of its own, and the base has learned to state it.
     """
+    data.SYMBOLS = replace(data.SYMBOLS, report="\n{confidence}")
+    return grid(out / "told", seeds, {
+        " and ".join(places): ["--method", "caopd", "--replace", ",".join(places), *EQ7]
+        for count in (3, 2, 1) for places in combinations(caopd.REPLACEMENTS, count)})
+
+
+def adapters(out: Path, seeds: list[int]) -> tuple[str, dict]:
+    """Adapters (LoRA) of two ranks beside the run that learns all weights, from the same bases."""
+    rank_8, rank_128 = ("--lora-rank", "8", "--lr", "3e-3"), ("--lora-rank", "128", "--lr", "1e-3")
     return grid(out, seeds, {
-        f"caopd, {places}": ["--method", "caopd", "--replace", places, *EQ7]
-        for places in ("completion,demonstration", "completion", "demonstration")})
+        "OPD": ["--method", "opd"],
+        "CaOPD": ["--method", "caopd"],
+        "OPD, rank 8": ["--method", "opd", *rank_8],
+        "CaOPD, rank 8": ["--method", "caopd", *rank_8],
+        "CaOPD, rank 128": ["--method", "caopd", *rank_128]})
 
 
 def drift(out: Path, seeds: list[int]) -> tuple[str, dict]:
