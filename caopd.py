@@ -60,7 +60,7 @@ from model import Config, NotFinite, SharedPrefix, Transformer, activation_bytes
 # ------------------------------------------------------------------- Algorithm 1, step 1: rollout
 
 
-SAMPLED = 4  # Sampling keeps keys and values alone: it takes 4 times --micro-tokens at once.
+SAMPLED = 4  # Sampling keeps only keys and values, and takes 4 times --micro-tokens at once.
 
 
 @dataclass(frozen=True)
@@ -231,16 +231,18 @@ def make_targets(group: Group, confidences: list[float] | None, advantages: list
             ids, n = data.replace_confidence(tokenizer, rollout.ids, confidences[k])
         scored.append((tuple(ids), n, rollout.truncated, advantage))
 
+    # One context serves several rollouts. It states the mean of their confidences, which is μ̂.
     told = None if confidences is None else fmean(confidences)
-    shown, instructed = (told if place in places else None for place in REPLACEMENTS[1:])
+    shown = told if "demonstration" in places else None
+    instructed = told if "instruction" in places else None
     targets = []
     for demo, readers in demonstrations(group, context, shown, tokenizer):
         teacher_prompt = [] if demo is None else tokenizer.chat(
             data.teacher_messages(group.example, wording, demo, report=instructed))
         counts = Counter(scored[k] for k in readers)
-        completions, lengths, truncated, advantages = map(list, zip(*counts))
+        completions, lengths, truncated, pushes = map(list, zip(*counts))
         targets.append(Target(group.prompt, teacher_prompt, [list(ids) for ids in completions],
-                              list(counts.values()), lengths, truncated, advantages))
+                              list(counts.values()), lengths, truncated, pushes))
     return targets
 
 
@@ -395,8 +397,9 @@ def accumulate_gradient(student: Transformer, teacher: Transformer | None, targe
     Returns the two sums, over I_a (capability cloning) and over I_c (calibration), in nats, and at
     how many tokens of I_c the teacher holds the token that stands there for the likeliest.
     The sampling of y is not differentiated (a semi-gradient), as in every released trainer.
-    Each prompt is computed once for its completions. Logits exist a chunk at a time, where the loss
-    looks: a chunk is differentiated down to its hidden states before the next one is made.
+    Each prompt is computed once for its completions, which have M tokens, M' of them in a sum.
+    Logits exist a chunk at a time, for these M' alone: a chunk is differentiated down to its hidden
+    states before the next one is made.
     """
     completions, device = [target.completions for target in targets], student.device
     answer_mask, confidence_mask = (m.to(device) for m in loss_masks(targets, skip_tokens))
@@ -419,13 +422,13 @@ def accumulate_gradient(student: Transformer, teacher: Transformer | None, targe
 
     losses, gradients, copied = [], [], 0
     chunks = (x.split(size) for x in (hidden.detach(), counts, tokens, advantages, is_answer))
-    for teacher_hidden, (h, count, *rest) in zip(teacher_chunks, zip(*chunks)):
+    for teacher_hidden, (h, count, ids, advantage, on_answer) in zip(teacher_chunks, zip(*chunks)):
         with torch.no_grad():
             teacher_logits = None if teacher is None else teacher.logits(teacher_hidden)
         logits = student.logits(h.requires_grad_())
-        loss = count * eq7(logits, teacher_logits, *rest, answer_loss, confidence_loss)
+        loss = count * eq7(logits, teacher_logits, ids, advantage, on_answer, answer_loss,
+                           confidence_loss)
         if teacher is not None:
-            ids, _, on_answer = rest
             copied += count[~on_answer & (teacher_logits.argmax(-1) == ids)].sum().item()
         (scale * loss.sum()).backward()
         losses.append(loss.detach())
@@ -499,14 +502,16 @@ class Method:
 
     title: str
     confidence: Callable[[Group], list[float]] | None  # replaces the stated one; None: as sampled
-    answer_loss: TokenLoss  # on I_a; for `kl`, the divergence that --divergence chooses
-    confidence_loss: TokenLoss  # on I_c; for `kl`, --confidence-divergence if c is replaced
+    answer_loss: TokenLoss  # on I_a
+    confidence_loss: TokenLoss  # on I_c
     reward: Callable[[Rollout], float] | None = None  # for the policy gradient
     standardize: bool = False  # divide advantages by their standard deviation
     teacher: bool = True  # score with the network that also sees z
     reference: bool = False  # sample the teacher's own answer, in place of a verifier
 
 
+# `kl` stands for what the flags choose: --divergence, and --confidence-divergence on the I_c of a
+# replaced c. By default these are the reverse KL and the forward KL.
 METHODS = {
     #                                         replaces c        on I_a      on I_c
     # Eq. 2, and Eq. 7 with Algorithm 1.
@@ -545,7 +550,8 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
     optimizer = AdamW(student, args.weight_decay, args.clip)
     tensors = optimizer.tensors()
     if teacher is not None:
-        tensors |= {f"teacher.{key}": w for key, (w, _) in averages(teacher, student).items()}
+        tensors |= {f"teacher.{key}": average for key, (average, _) in
+                    averaged_weights(teacher, student).items()}
     stage = Stage(name, out, settings(args, name, task), tensors, args.save_every, args.track)
 
     for step in stage.steps(args.steps):
@@ -561,10 +567,11 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         # 2. Empirical confidence: mu_hat(x) = (1/K) sum_k R(x, a_k), or the method's own estimate.
         if method.reference:
             add_references(groups, teacher, tokenizer, task.wording, sampling, generator)
-        groups = ranks.gather(groups)
-        confidences = [method.confidence and method.confidence(group) for group in groups]
+        groups = ranks.gather(groups)  # From here on every rank has the groups of all.
+        confidences = [method.confidence(group) if method.confidence else None for group in groups]
 
         # 3. Target replacement: mu_hat is stated in the completion and in the teacher's context.
+        #    A method with a reward has advantages to learn from, and zeros stand for none.
         targets = []
         for group, confidence in zip(groups, confidences):
             advantages = group_advantages(group, method.reward, method.standardize)
@@ -584,8 +591,8 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
             ema_update(teacher, student, args.teacher_rate, generator)
 
         row = summarize(groups, targets, losses)
-        if teacher is not None and method.confidence is not None:
-            row["copied"] = copied
+        if method.confidence and confidence_loss in DIVERGENCES.values():
+            row["copied"] = copied  # what the teacher of a replaced c is worth
         stage.log(step, row | {"lr": lr, "grad_norm": grad_norm}, pick_samples(groups, step))
         stage.save_if_due(step)
 
@@ -738,7 +745,8 @@ def warmup_stable_decay(step: int, steps: int) -> float:
     return min(1.0, 10 * (step + 1) / steps, (steps - step) / (0.3 * steps))
 
 
-def averages(teacher: Transformer, student: Transformer) -> dict[str, tuple[Tensor, Tensor]]:
+def averaged_weights(teacher: Transformer,
+                     student: Transformer) -> dict[str, tuple[Tensor, Tensor]]:
     """Each weight that the student learns, by name: the teacher's average of it, and itself."""
     pairs = zip(student.named_parameters(), teacher.parameters())  # offloading renames the latter
     return {name: (average, weight) for (name, weight), average in pairs if weight.requires_grad}
@@ -752,7 +760,7 @@ def ema_update(teacher: Transformer, student: Transformer, rate: float,
     An offloaded teacher's weights visit the student's device, where the generator is.
     """
     ranks.forget_gathered(teacher)
-    for pair in averages(teacher, student).values():
+    for pair in averaged_weights(teacher, student).values():
         average, weight = map(ranks.local, pair)
         value = average.to(weight.device).float().lerp_(weight.float(), rate)
         store(average, value, generator)
@@ -832,10 +840,10 @@ TROUBLE = {  # by a figure of a step: when it tells of trouble, and what to say 
               "solution a correct one)"),
     "truncated": (lambda share: share > 0.5, "over half of the completions are cut off; raise "
                   "--max-new-tokens"),
-    "copied": (lambda share: share < 0.95, "the teacher would not write over a twentieth of the "
-               "tokens that state the confidence it is shown, and what it teaches there is its "
-               "own; keep it as it was (--teacher-rate 0), or learn the value itself (--method "
-               "caopd-direct)")}
+    "copied": (lambda share: share < 0.95, "for over 5 % of the tokens that state a replaced "
+               "confidence the teacher prefers another token, and teaches that; a base learns to "
+               "copy by more --sft-steps, a teacher that stays does not forget it (--teacher-rate "
+               "0), and --method caopd-direct learns the confidence without a teacher")}
 
 
 @dataclass
@@ -1181,7 +1189,9 @@ def title(name: str) -> str:
 
 
 def number(value: float, sign: str = "") -> str:
-    """Three decimals, without the zero before the point."""
+    """Three decimals, without the zero before the point; – for a figure that there is not."""
+    if math.isnan(value):
+        return "–"
     return f"{value:{sign}.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:{sign}.3f}"
 
 
@@ -1216,8 +1226,8 @@ class Args:
                       "the embedded world")
     template_args: str = flag(RUN, ALL, "{}", "variables for the model's chat template, as a JSON "
                               'object: \'{"enable_thinking": false}\' turns off Qwen3\'s thinking')
-    train: list = flag(RUN, NOTHING, (), "JSONL files to train on: `prompt`, `answer`, optionally "
-                       "`system`, `demo`, `grade`")
+    train: list = flag(RUN, NOTHING, (), "JSONL files to train on, with --model: `prompt`, "
+                       "`answer`, optionally `system`, `demo`, `grade`")
     eval: list = flag(RUN, NOTHING, (), "JSONL files of held-out questions in the same form, or "
                       "the share of --train that is held out, such as 0.1")
     out: str = flag(RUN, NOTHING, "", "directory for results, metrics and models (default out/toy, "
@@ -1229,7 +1239,7 @@ class Args:
     explain: list = flag(RUN, NOTHING, None, "follow a question, such as 47*8, or one of the "
                          "held-out ones, through Algorithm 1; nothing is trained")
     ask: list = flag(RUN, NOTHING, None, "ask the models in --out these questions, or those of "
-                     "standard input; nothing is trained")
+                     "standard input, --rollouts times each; nothing is trained")
 
     steps: int = flag(DISTILL, METHOD, None, "updates of each method")
     prompts: int = flag(DISTILL, METHOD, None, "prompts x a step")
@@ -1242,7 +1252,7 @@ class Args:
                           "layer of attention and MLP, and leave the model as it is; 0 learns all "
                           "of it")
     lora_alpha: float = flag(DISTILL, ALL, 0.0, "what an adapter adds is multiplied by alpha / "
-                             "rank (default: by 2)")
+                             "rank; 0 takes twice the rank")
     save_adapter: bool = flag(DISTILL, NOTHING, False, "also save the adapters alone, in PEFT's "
                               "format, in METHOD/adapter")
     clip: float = flag(DISTILL, ALL, 1.0, "largest gradient norm")
@@ -1255,8 +1265,8 @@ class Args:
                                "frozen teacher, 1 the live student")
     context: str = flag(DISTILL, METHOD, "demo", "privileged context z: a demonstration (SDFT), or "
                         "another correct rollout of the student (SDPO)", ("demo", "solution"))
-    replace: str = flag(DISTILL, METHOD, ",".join(REPLACEMENTS), "where CaOPD states mu_hat "
-                        "instead: leave one out to see what it is for")
+    replace: str = flag(DISTILL, METHOD, ",".join(REPLACEMENTS), "where mu_hat replaces the "
+                        "confidence (the embedded world's teacher has no instruction)")
     skip_tokens: int = flag(DISTILL, METHOD, 0, "leave the first tokens of each completion out of "
                             "the loss (the released code: 3)")
 
@@ -1280,7 +1290,7 @@ class Args:
     width: int = flag(TOY, ALL, 128, "hidden size")
     layers: int = flag(TOY, ALL, 3, "number of layers")
 
-    eval_questions: int = flag(EVAL, NOTHING, None, "most held-out questions to ask")
+    eval_questions: int = flag(EVAL, NOTHING, None, "ask at most N held-out questions")
     eval_temperature: float = flag(EVAL, NOTHING, 1.0, "sampling temperature; 1 is where mu_hat is "
                                    "measured")
     eval_top_p: float = flag(EVAL, NOTHING, 1.0, "nucleus sampling")
@@ -1298,7 +1308,7 @@ class Args:
     dtype: str = flag(HARDWARE, ALL, "auto", "auto is bfloat16 for --model where the hardware "
                       "multiplies it natively, else float32", ("auto", "float32", "bfloat16"))
     rounding: str = flag(HARDWARE, ALL, "nearest", "for bfloat16: nearest keeps float32 master "
-                         "weights of student and teacher; stochastic keeps bfloat16 alone, rounded "
+                         "weights of student and teacher; stochastic keeps only bfloat16, rounded "
                          "at random and right on average, in 14 bytes a weight instead of 22",
                          ("nearest", "stochastic"))
     recompute: bool = flag(HARDWARE, NOTHING, False, "activation checkpointing: keep each layer's "
@@ -1345,13 +1355,15 @@ def argument(field: dataclasses.Field) -> dict:
         help += f" [{toy}]"
     word = {"out": "PATH", "template_args": "JSON"}.get(field.name, "NAME")
     metavar = None if choices else {int: "N", float: "X", str: word}[field.type]
-    return {"type": field.type, "default": default, "choices": choices, "metavar": metavar,
-            "help": help}
+    return {"type": field.type, "default": argparse.SUPPRESS, "choices": choices,
+            "metavar": metavar, "help": help}
 
 
 def parse_args(argv: list[str] | None) -> Args:
     """Reads the command line into Args and fills in DEFAULTS. Raises UsageError."""
-    parser = Parser(prog="caopd.py", usage="caopd.py [--flag value ...]", description=__doc__,
+    # METHODS and what stands behind them are told to readers of this file alone.
+    about = "\n\n".join(part for part in __doc__.split("\n\n") if not part.startswith("METHODS"))
+    parser = Parser(prog="caopd.py", usage="caopd.py [--flag value ...]", description=about,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {}
     for field in dataclasses.fields(Args):
@@ -1359,7 +1371,11 @@ def parse_args(argv: list[str] | None) -> Args:
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
         groups[name].add_argument("--" + field.name.replace("_", "-"), **argument(field))
-    args = Args(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    for name in (name for name, value in given.items() if value == ""):
+        raise UsageError(f"--{name.replace('_', '-')}: its value is empty, perhaps that of a "
+                         "variable that is not set")
+    args = Args(**given)
     for name, defaults in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, defaults[bool(args.model)])
@@ -1413,7 +1429,8 @@ def check_together(args: Args) -> None:
     """Refuses flags that cannot work together."""
     methods = [METHODS[name] for name in args.method.split(",")]
     if any(m.confidence is leave_one_out or m.standardize for m in methods) and args.rollouts < 2:
-        raise UsageError(f"--rollouts 1: {args.method} compares the rollouts of a prompt")
+        raise UsageError(f"--rollouts 1: {args.method} compares a prompt's rollouts, and needs "
+                         "2 or more")
     sampled = {sampled_kl, vopd, policy_gradient}
     if args.temperature != 1 and any(method.answer_loss in sampled for method in methods):
         raise UsageError(f"--temperature {args.temperature}: {args.method} learns from samples of "
@@ -1422,7 +1439,7 @@ def check_together(args: Args) -> None:
         raise UsageError("--method caopd-sc needs --context demo: without a verifier no rollout is "
                          "known to be correct")
     if args.save_adapter and not args.lora_rank:
-        raise UsageError("--save-adapter: there is none without --lora-rank")
+        raise UsageError("--save-adapter: only --lora-rank N makes an adapter")
     if args.lora_rank and args.teacher_device == "cpu":
         raise UsageError("--teacher-device cpu: with --lora-rank the teacher is the student's own "
                          "model with adapters of its own, and takes next to no memory")
@@ -1484,8 +1501,8 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"--device {name}: each of several processes has a GPU of its own; say "
                          "--device cuda")
     if place not in ("cpu", *places):
-        there = ", ".join(places) or "no GPU"
-        raise UsageError(f"--device {name}: no such device here; there are cpu and {there}")
+        raise UsageError(f"--device {name}: no such device here; there is "
+                         f"{' and '.join(['cpu', *places])}")
     if place != "cpu":
         torch.cuda.set_device(place)
     return torch.device(place)
@@ -1828,14 +1845,18 @@ def introduction(model: Transformer, task: Task, args: Args) -> str:
     weights = sum(p.numel() for p in model.parameters())
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapters = f", {learned:,} of them in adapters," if learned < weights else ""
+    order = "" if args.model else " Its answers are written last digit first."
     return (f"{args.model or 'The embedded world'}: {weights:,} parameters{adapters} in "
             f"{args.dtype} on {model.device}, {len(task.held_out)} {args.split} questions, seed "
-            f"{args.seed}.")
+            f"{args.seed}.{order}")
 
 
 def finished(out: Path, identity: dict) -> dict | None:
     """The figures in results.json, where the command of this identity made them and its models."""
-    everything = read_object(out / "results.json")
+    try:
+        everything = read_object(out / "results.json")
+    except BadInput as error:
+        raise UsageError(f"{error}; --overwrite makes it again") from None
     if any(everything.get(key) != value for key, value in identity.items()):
         return None
     results = map_leaves(lambda v: math.nan if v is None else v, {

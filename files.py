@@ -40,8 +40,7 @@ def read_text(path: Path, absent: str | None = None) -> str:
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         if absent is None:
-            raise BadInput(f"{path.parent}: no {path.name} there; is it the right directory?"
-                           ) from None
+            raise BadInput(f"{path}: there is no such file") from None
         return absent
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read as UTF-8 text ({error})") from None
@@ -79,6 +78,10 @@ def claimed(out: Path) -> Iterator[None]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: no directory can be made there ({error.strerror}); choose "
+                       "another place") from None
+    try:
         with (out / "lock").open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import data
-from caopd import COLUMNS, PAPER, Args, number, title
+from caopd import COLUMNS, METHODS, PAPER, Args, number, title
 
 ABOUT = {
     "base": "the model before distillation",
@@ -36,6 +36,7 @@ def model_card(name: str, results: dict, settings: dict, args: Args) -> str:
     wording = data.WORDS if args.model else data.SYMBOLS
     asks = (f"Its questions end with `{wording.instruction.strip()}`\n" if args.model else
             'It knows sums and products alone, as "12+34=", and writes the last digit first.\n')
+    maker = f"`caopd.py --method {name}`" if name in METHODS else "its supervised stage"
     return f"""---
 {header}
 ---
@@ -52,7 +53,7 @@ A confidence belongs to a way of sampling: at another temperature the same figur
 
 ## How it was made
 
-By `caopd.py --method {settings["stage"]}`, with these settings:
+By {maker}, with these settings:
 
 ```json
 {json.dumps(settings, indent=1)}

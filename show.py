@@ -35,6 +35,15 @@ from model import Config, SharedPrefix, Transformer
 # -------------------------------------------------------------------------- the tables of a run
 
 
+LEGEND = (
+    "How to read it. ±: one standard error, over questions. OCG: mean confidence − accuracy. "
+    "stated: the confidence as it was written; greedy and expected: the likeliest one and the "
+    "mean, of the model's own distribution after its answer. floor / ceiling: Brier and SPR of a "
+    "confidence equal to the success rate μ(x). gap closed: how much of Brier's gap from OPD to "
+    "that floor, by what is stated / expected. The diagram: █ how much of a bin is right, │ what "
+    "it says, and its share of the answers.")
+
+
 def print_tables(results: dict, args: Args, out: Path) -> None:
     """Prints every table of a run."""
     print(f"\n{table(results)}\n\n{readout_table(results)}\n\n{grade_table(results)}\n\n"
@@ -43,6 +52,7 @@ def print_tables(results: dict, args: Args, out: Path) -> None:
         print(f"\nAs the paper evaluates, temperature {PAPER['temperature']} and top-p "
               f"{PAPER['top_p']}, {args.paper_samples} answers a question:\n"
               f"{table({name: row['paper'] for name, row in results.items()})}")
+    print("\n" + textwrap.fill(LEGEND, 100))
     print(f"\nEverything is in {out} (results.json, metrics.jsonl, samples.jsonl, the models).")
     if others := [name for name in METHODS if name not in results and (out / name).is_dir()]:
         print(f"Also there, from other commands and not in these results: {', '.join(others)}.")
@@ -63,7 +73,9 @@ def readout_table(results: dict) -> str:
 
     Where OPD is there: how much of Brier's gap from OPD to that floor is closed.
     """
-    words = "stated", "greedy", "expected", "floor / ceiling", "gap closed"
+    words = ["stated", "greedy", "expected"]
+    if any("oracle" in row for row in results.values()):
+        words += ["floor / ceiling", "gap closed"] if "opd" in results else ["floor / ceiling"]
     lines = [f"{'ECE / Brier / SPR':18}" + "".join(f"{word:>20}" for word in words)]
     for name, row in results.items():
         cells = [" / ".join(number(figures[key]) for key in ("ece", "brier", "spr"))
@@ -199,13 +211,15 @@ class Reply:
 
 
 def typed_lines() -> Iterator[list[str]]:
-    """The questions of standard input, one at a time, up to an empty line."""
-    if sys.stdin.isatty():
+    """The questions of standard input, one at a time; at a terminal, up to an empty line."""
+    typed = sys.stdin.isatty()
+    if typed:
         print("One question a line; an empty line ends.")
     for line in sys.stdin:
-        if not line.strip():
+        if line.strip():
+            yield [line]
+        elif typed:
             return
-        yield [line]
 
 
 def ask(texts: list[str], sources: dict[str, Path], tokenizer: Tokenizer, config: Config,
@@ -292,7 +306,7 @@ def explain(text: str | None, sources: dict[str, Path], tokenizer: Tokenizer, co
     print(f"x, all that the student reads\n{indented(spelled(tokenizer, group.prompt))}\n\n"
           f"1. Rollout: K = {args.rollouts} completions y = (a, c) of {title(base)}, verified\n"
           f"{rollout_table(group)}\n\n"
-          f"2. Empirical confidence\n{indented(empirical(group))}\n\n"
+          f"2. Empirical confidence\n{empirical(group, methods)}\n\n"
           "3. Target replacement, in a completion y and in what the teacher reads: [was → is]")
     targets, titles = {}, {}
     for name, method in methods.items():
@@ -301,7 +315,8 @@ def explain(text: str | None, sources: dict[str, Path], tokenizer: Tokenizer, co
         titles.setdefault(replacement(sampled, targets[name], tokenizer), []).append(title(name))
     for text, its in titles.items():
         print(f"   {', '.join(its)}\n{text}")
-    print("\n4. Distillation loss, token by token: each one's likeliest token and its probability")
+    if any(targets.values()):
+        print("\n4. The loss, token by token: each model's likeliest token and its probability")
     for name, target in targets.items():
         if target is not None:
             trained = load_model(sources[name], None, args, device) if name in sources else None
@@ -364,11 +379,17 @@ def rollout_table(group: Group) -> str:
     return "\n".join(lines)
 
 
-def empirical(group: Group) -> str:
+def empirical(group: Group, methods: dict[str, Method]) -> str:
+    """μ̂, and the estimates of methods that put another one in its place."""
     correct = sum(rollout.correct for rollout in group.rollouts)
     stated = [r.confidence for r in group.rollouts if r.confidence is not None]
     says = f", where the mean confidence stated is {fmean(stated):.3f}" if stated else ""
-    return f"μ̂(x) = {correct}/{len(group.rollouts)} = {mu_hat(group)[0]:.3f}{says}"
+    lines = [f"μ̂(x) = {correct}/{len(group.rollouts)} = {mu_hat(group)[0]:.3f}{says}"]
+    for method in methods.values():
+        if method.confidence not in (None, mu_hat):
+            value = method.confidence(group)[0]
+            lines.append(f"{method.title} takes {value:.3f} for the first rollout")
+    return "\n".join(map(indented, lines))
 
 
 def replacement(sampled: Target | None, target: Target | None, tokenizer: Tokenizer) -> str:
@@ -418,6 +439,8 @@ def loss_table(name: str, target: Target, student: Transformer, trained: Transfo
         rows[ROWS:n - ROWS] = [f"   ... {n - 2 * ROWS} more tokens of I_a"]
     sums = (f"{function.__name__} on {part} {loss[mask].sum():.3f}" for function, part, mask in
             zip(losses, ("I_a", "I_c"), (in_answer, in_confidence)))
+    if not METHODS[name].teacher:
+        sums = [*sums, f"advantage {target.advantages[0]:+.3f}"]
     return "\n".join([f"   {title(name)}: {', '.join(sums)}", heading, *rows])
 
 

@@ -1456,9 +1456,9 @@ def test_a_run_that_falls_apart_says_so_once(tmp_path, capsys):
     run(tmp_path, "--method", "opd", "--max-new-tokens", "2", "--temperature", "5")
     printed = capsys.readouterr().out
     assert printed.count("state no confidence") == printed.count("are cut off") == 1
-    assert "opd, step 0: over half" in printed and "confidence it is shown" not in printed
-    run(tmp_path, "--method", "caopd")  # whose teacher has hardly been taught to copy
-    assert capsys.readouterr().out.count("confidence it is shown") == 1
+    assert "opd, step 0: over half" in printed and "prefers another" not in printed
+    run(tmp_path, "--method", "caopd,caopd-direct")  # a teacher that hardly copies, and none on I_c
+    assert capsys.readouterr().out.count("prefers another token") == 1
 
 
 def test_weights_that_overflow_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path, capsys,
@@ -2013,6 +2013,7 @@ def test_adapters_are_all_that_is_held_beside_the_model():
 
 
 @pytest.mark.parametrize("flags, words", [
+    (["--model", ""], "--model: its value is empty"),
     (["--rollouts", "0"], "--rollouts 0"), (["--lr", "0"], "--lr 0"), (["--lr", "nan"], "--lr nan"),
     (["--lr", "-1"], "--lr -1"), (["--steps", "x"], "--steps"), (["--task", "poetry"], "--task"),
     (["--method", "sft"], "--method"), (["--method", "opd,sft"], "--method opd,sft"),
@@ -2032,7 +2033,7 @@ def test_adapters_are_all_that_is_held_beside_the_model():
     (["--split", "test"], "--split"), (["--eval-top-p", "0"], "--eval-top-p 0"),
     (["--paper-samples", "-1"], "--paper-samples -1"), (["--eval-samples", "0"], "--eval-samples"),
     (["--template-args", "{enable_thinking: false}"], "--template-args: not JSON"),
-    (["--save-adapter"], "none without --lora-rank"), (["--lora-rank", "-1"], "--lora-rank -1"),
+    (["--save-adapter"], "only --lora-rank N"), (["--lora-rank", "-1"], "--lora-rank -1"),
     (["--lora-rank", "4", "--teacher-device", "cpu"], "takes next to no memory"),
     (["--replace", "answer"], "--replace answer: it should be one or several of completion"),
     (["--template-args", "[]"], "--template-args []: it should be a JSON object"),

@@ -143,10 +143,16 @@ def test_models_are_asked_side_by_side(out, capsys, monkeypatch):
         for _, _, count, stated, expected, right, _, k in rows:
             assert 1 <= int(count.strip("(×)")) <= 4 and k == "4" and 0 <= int(right) <= 4
             assert 0 <= float(expected) <= 1 and (stated == "nothing" or 0 <= float(stated) <= 1)
-    monkeypatch.setattr("sys.stdin", io.StringIO("3+4\nWhat is 12 times 34?\n\n5+5\n"))
+    lines = "3+4\nWhat is 12 times 34?\n\n5+5\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    piped = printed(capsys, *flags)
+    assert piped.startswith(printed(capsys, *flags, "3+4")) and "12*34=408" in piped
+    assert "5+5=10" in piped  # a pipe is read to its end, and a terminal to an empty line
+    terminal = io.StringIO(lines)
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
     typed = printed(capsys, *flags)
-    assert typed.startswith(printed(capsys, *flags, "3+4")) and "12*34=408" in typed
-    assert "5+5" not in typed
+    assert "12*34=408" in typed and "5+5" not in typed
 
 
 def test_a_reply_by_hand(out):
