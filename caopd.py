@@ -163,7 +163,7 @@ def leave_one_out(group: Group) -> list[float]:
 def self_consistency(group: Group) -> list[float]:
     """μ̂ without a verifier (B.6): the share of rollouts that agree with the teacher's own answer.
 
-    A reference that gives no answer agrees with none.
+    A reference that gives no answer, or was cut off, agrees with none.
     """
     reference = data.extract(group.example, group.reference)
     agree = [reference is not None and not rollout.truncated
@@ -179,7 +179,7 @@ def add_references(groups: list[Group], teacher: Transformer, tokenizer: Tokeniz
         group.example, wording, data.stated(group.example.demo, 1.0))) for group in groups]
     sampled = sample_completions(teacher, tokenizer, prompts, 1, sampling, generator)
     for group, (ids,) in zip(groups, sampled):
-        group.reference = tokenizer.decode(ids)
+        group.reference = tokenizer.decode(ids) if ids[-1] in tokenizer.eos_ids else ""
 
 
 # -------------------------------------------------------------------- step 3: target replacement
@@ -217,6 +217,7 @@ def make_targets(group: Group, confidences: list[float] | None, advantages: list
 
     confidences: a value for each rollout, or None, which leaves completions as they were sampled
     (OPD). A truncated completion has no c to replace and stays as it is.
+    advantages: one a rollout, for the policy gradient; zeros for a method without a reward.
     context: "demo", "solution", or None for a method without a teacher.
     places: where μ̂ is stated, of REPLACEMENTS: in the completion, in the demonstration that z
     shows, in z's instruction. The paper does all three.
@@ -240,16 +241,17 @@ def make_targets(group: Group, confidences: list[float] | None, advantages: list
         teacher_prompt = [] if demo is None else tokenizer.chat(
             data.teacher_messages(group.example, wording, demo, report=instructed))
         counts = Counter(scored[k] for k in readers)
-        completions, lengths, truncated, pushes = map(list, zip(*counts))
+        completions, lengths, truncated, their_advantages = map(list, zip(*counts))
         targets.append(Target(group.prompt, teacher_prompt, [list(ids) for ids in completions],
-                              list(counts.values()), lengths, truncated, pushes))
+                              list(counts.values()), lengths, truncated, their_advantages))
     return targets
 
 
 def demonstrations(group: Group, context: str | None, shown: float | None,
                    tokenizer: Tokenizer) -> list[tuple[str | None, Sequence[int]]]:
-    """What z demonstrates, each with the rollouts whose teacher reads it; None without a teacher.
+    """Pairs of a text that z demonstrates, and the rollouts (indices) whose teacher reads it.
 
+    The text is None for a method without a teacher.
     shown: the confidence to state in it, or None, which leaves it sure of itself, as the paper's
     demonstrations are, or, in a solution, as it was sampled.
     """
@@ -275,11 +277,12 @@ def solutions(group: Group) -> list[tuple[int, list[int]]]:
     rollout has none at all.
     """
     right = [k for k, rollout in enumerate(group.rollouts) if rollout.correct]
-    if not right:
-        return []
-    first = right[0]
-    others = [k for k in range(len(group.rollouts)) if k != first]
-    return [(first, others)] * bool(others) + [(second, [first]) for second in right[1:2]]
+    found = []
+    if right and len(group.rollouts) > 1:
+        found.append((right[0], [k for k in range(len(group.rollouts)) if k != right[0]]))
+    if len(right) > 1:
+        found.append((right[1], [right[0]]))
+    return found
 
 
 def correctness(rollout: Rollout) -> float:
@@ -395,7 +398,7 @@ def accumulate_gradient(student: Transformer, teacher: Transformer | None, targe
     """Eq. 7: adds scale · ∇(Σ_{I_a} answer_loss + Σ_{I_c} confidence_loss) to the gradients.
 
     Returns the two sums, over I_a (capability cloning) and over I_c (calibration), in nats, and at
-    how many tokens of I_c the teacher holds the token that stands there for the likeliest.
+    how many tokens of I_c the teacher's likeliest token is the one that stands there.
     The sampling of y is not differentiated (a semi-gradient), as in every released trainer.
     Each prompt is computed once for its completions, which have M tokens, M' of them in a sum.
     Logits exist a chunk at a time, for these M' alone: a chunk is differentiated down to its hidden
@@ -480,7 +483,8 @@ def step_gradient(student: Transformer, teacher: Transformer | None, targets: li
 
     Eq. 2 sums over tokens: we divide by their number in the step, which keeps their proportions
     within a step and not between steps. AdamW hardly sees that scale, and gradient clipping does.
-    Returns the losses over I_a and over I_c, [2], and the share of I_c that the teacher copies.
+    Returns the losses over I_a and over I_c, [2], and the share of I_c that the teacher copies, NaN
+    where there is no I_c.
     """
     on_answer, on_confidence = (int(m.sum()) for m in loss_masks(targets, skip_tokens))
     num_tokens = max(1, on_answer + on_confidence)
@@ -490,7 +494,7 @@ def step_gradient(student: Transformer, teacher: Transformer | None, targets: li
             student, teacher, [targets[i] for i in batch] or [NOTHING_TO_LEARN], answer_loss,
             confidence_loss, skip_tokens, 1 / num_tokens)
     sums = ranks.total(sums)
-    return sums[:2] / num_tokens, sums[2] / max(1, on_confidence)
+    return sums[:2] / num_tokens, sums[2] / on_confidence if on_confidence else math.nan
 
 
 # ------------------------------------------------------------------------------- the methods
@@ -545,7 +549,10 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
     """
     method = METHODS[name]
     answer_loss, confidence_loss = choose_losses(method, args)
-    sampling = rollout_sampling(args)
+    sampling, places = rollout_sampling(args), args.replace.split(",")
+    # A teacher that reads μ̂ in z̃ and scores a ỹ that states it should find it the likeliest.
+    asked_to_copy = (method.confidence and confidence_loss in DIVERGENCES.values()
+                     and "completion" in places and len(places) > 1)
     teacher = make_teacher(student, args.teacher_device) if method.teacher else None
     optimizer = AdamW(student, args.weight_decay, args.clip)
     tensors = optimizer.tensors()
@@ -576,8 +583,7 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         for group, confidence in zip(groups, confidences):
             advantages = group_advantages(group, method.reward, method.standardize)
             targets += make_targets(group, confidence, advantages, tokenizer, task.wording,
-                                    args.context if method.teacher else None,
-                                    args.replace.split(","))
+                                    args.context if method.teacher else None, places)
 
         # 4. Loss: the two sums of Eq. 7, and their gradient.
         losses, copied = step_gradient(student, teacher, targets, answer_loss, confidence_loss,
@@ -591,8 +597,8 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
             ema_update(teacher, student, args.teacher_rate, generator)
 
         row = summarize(groups, targets, losses)
-        if method.confidence and confidence_loss in DIVERGENCES.values():
-            row["copied"] = copied  # what the teacher of a replaced c is worth
+        if asked_to_copy:
+            row["copied"] = copied
         stage.log(step, row | {"lr": lr, "grad_norm": grad_norm}, pick_samples(groups, step))
         stage.save_if_due(step)
 
@@ -947,7 +953,8 @@ class Stage:
             question, answer = (" ".join(sample[key].split()) for key in ("question", "answer"))
             says = "nothing" if sample["confidence"] is None else f"{sample['confidence']:.2f}"
             tqdm.write(f"{self.name}, step {step}:  {question[-32:]} {answer[-32:]}  says {says}, "
-                       f"mu_hat {sample['mu_hat']:.2f}, {'right' * sample['correct'] or 'wrong'}")
+                       f"mu_hat {sample['mu_hat']:.2f}, "
+                       f"{'right' if sample['correct'] else 'wrong'}")
 
     def save_if_due(self, step: int) -> None:
         """Saves a checkpoint after every --save-every steps, and after the last one."""
@@ -1001,7 +1008,7 @@ def calibration(confidence, correct, bins: int = 10) -> dict:
     beaten = np.searchsorted(wrong, right, side="left").sum()  # "left" counts c⁻ < c⁺ strictly
     return figures | {
         "mean_confidence": float(c.mean()), "ocg": float(c.mean() - r.mean()), "ece": float(ece),
-        "brier": float(((c - r) ** 2).mean()), "spr": beaten / pairs if pairs else math.nan}
+        "brier": float(((c - r) ** 2).mean()), "spr": float(beaten / pairs) if pairs else math.nan}
 
 
 def bin_of(confidence: np.ndarray, bins: int) -> np.ndarray:
@@ -1128,12 +1135,13 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
              paper_samples: int = 0, name: str = "") -> dict:
     """Asks every example `samples` times, as in deployment.
 
-    Returns the metrics of `calibration` with their standard errors (stderr), by_grade, reliability
-    bins, and the same metrics under readouts: of the confidence as it was stated, of the likeliest
-    one after the sampled answer (greedy), and of its mean (expected). With oracle_samples, `oracle`
-    has what the best prompt-level confidence would score; with paper_samples, `paper` has the
-    metrics of so many answers a question sampled as the paper does. Ranks share the sampling; each
-    of them computes the distribution of the confidence after all answers.
+    Returns the metrics of `calibration` with their standard errors (stderr), how many questions
+    were asked, the share of truncated answers, by_grade, reliability bins, and the same metrics
+    under readouts: of the confidence as it was stated, of the likeliest one after the sampled
+    answer (greedy), and of its mean (expected). With oracle_samples, `oracle` has what the best
+    prompt-level confidence would score; with paper_samples, `paper` has the metrics of so many
+    answers a question sampled as the paper does. Ranks share the sampling; each of them computes
+    the distribution of the confidence after all answers.
     """
     model = model.for_inference()
     generator = seeded(seed, "evaluation", 1, model.device)
@@ -1170,9 +1178,9 @@ def oracle(mu: np.ndarray, correct: np.ndarray, samples: int) -> dict:
     """What the best prompt-level confidence, c = μ(x), would score.
 
     mu: μ̂(x) of each answer's question, [N], from `samples` other answers; correct: [N].
-    Brier is the floor E[μ(1 − μ)], unbiased, since E[μ̂(1 − μ̂)] = (1 − 1/N) μ(1 − μ). SPR and ECE
-    are those of μ̂ itself, whose scatter can lower SPR and, by breaking ties, raise it: neither is
-    a bound. theory/prompt_level.py has both yardsticks exactly.
+    Brier is the floor E[μ(1 − μ)], unbiased: E[μ̂(1 − μ̂)] = (1 − 1/S) μ(1 − μ) for S samples. SPR
+    and ECE are those of μ̂ itself, whose scatter can lower SPR and, by breaking ties, raise it:
+    neither is a bound. theory/prompt_level.py has both yardsticks exactly.
     """
     floor = float((mu * (1 - mu)).mean() * samples / (samples - 1))
     return calibration(mu, correct) | {"brier": floor}
@@ -1216,7 +1224,8 @@ def flag(group: str, decides: str, default, help: str, choices: tuple | None = N
 
 @dataclass
 class Args:
-    """The command line: one field a flag. None stands for a default that DEFAULTS has."""
+    """The command line: one field a flag. None stands for a default that DEFAULTS has; of ask and
+    explain, for a flag that was not given."""
 
     method: str = flag(RUN, NOTHING, "opd,caopd,caopd-direct", "what to train from the same base, "
                        "separated by commas: " + ", ".join(METHODS) + "; `both` is opd,caopd")
@@ -1360,7 +1369,7 @@ def argument(field: dataclasses.Field) -> dict:
 
 
 def parse_args(argv: list[str] | None) -> Args:
-    """Reads the command line into Args and fills in DEFAULTS. Raises UsageError."""
+    """Reads the command line into Args and fills in DEFAULTS. Raises BadInput."""
     # METHODS and what stands behind them are told to readers of this file alone.
     about = "\n\n".join(part for part in __doc__.split("\n\n") if not part.startswith("METHODS"))
     parser = Parser(prog="caopd.py", usage="caopd.py [--flag value ...]", description=about,
@@ -1372,9 +1381,10 @@ def parse_args(argv: list[str] | None) -> Args:
             groups[name] = parser.add_argument_group(name)
         groups[name].add_argument("--" + field.name.replace("_", "-"), **argument(field))
     given = vars(parser.parse_args(argv))
-    for name in (name for name, value in given.items() if value == ""):
-        raise UsageError(f"--{name.replace('_', '-')}: its value is empty, perhaps that of a "
-                         "variable that is not set")
+    for name, value in given.items():
+        if value == "":
+            raise UsageError(f"--{name.replace('_', '-')}: its value is empty, perhaps that of a "
+                             "variable that is not set")
     args = Args(**given)
     for name, defaults in DEFAULTS.items():
         if getattr(args, name) is None:
@@ -1428,7 +1438,9 @@ def check_values(args: Args) -> None:
 def check_together(args: Args) -> None:
     """Refuses flags that cannot work together."""
     methods = [METHODS[name] for name in args.method.split(",")]
-    if any(m.confidence is leave_one_out or m.standardize for m in methods) and args.rollouts < 2:
+    compared = any(m.confidence is leave_one_out or m.reward for m in methods) or (
+        args.context == "solution" and any(m.teacher for m in methods))
+    if compared and args.rollouts < 2:
         raise UsageError(f"--rollouts 1: {args.method} compares a prompt's rollouts, and needs "
                          "2 or more")
     sampled = {sampled_kl, vopd, policy_gradient}
@@ -1479,7 +1491,7 @@ def settings(args: Args, stage: str, task: Task) -> dict:
 
 
 def rollout_sampling(args: Args) -> Sampling:
-    return Sampling(args.max_new_tokens, args.temperature, 1.0, args.micro_tokens)
+    return Sampling(args.max_new_tokens, args.temperature, micro_tokens=args.micro_tokens)
 
 
 def eval_sampling(args: Args) -> Sampling:
@@ -1589,7 +1601,7 @@ def fitting(examples: list[Example], tokenizer: Tokenizer, wording: Wording, con
     for example in tqdm(examples, desc="reading", unit="prompt", leave=False,
                         disable=len(examples) < 500 or not ranks.first()):
         prompt = len(tokenizer.chat(data.student_messages(example, wording)))
-        total = teacher_length(example, tokenizer, wording) + args.max_new_tokens
+        total = teacher_length(example, tokenizer, wording, args) + args.max_new_tokens
         if prompt <= args.max_prompt and total <= limit:
             kept.append(example)
         elif not args.skip_long:
@@ -1597,7 +1609,7 @@ def fitting(examples: list[Example], tokenizer: Tokenizer, wording: Wording, con
                      else f"the prompt {example.question!r}")
             problem = (f"has {prompt} tokens, over --max-prompt {args.max_prompt}"
                        if prompt > args.max_prompt else
-                       f"with demonstration and completion takes {total} tokens, over the model's "
+                       f"with {args.context} and completion takes {total} tokens, over the model's "
                        f"{limit}")
             helps = ", or leave such prompts out with --skip-long" if args.train else ""
             raise UsageError(f"{which} {problem}; change the limits{helps}")
@@ -1609,10 +1621,15 @@ def fitting(examples: list[Example], tokenizer: Tokenizer, wording: Wording, con
     return kept
 
 
-def teacher_length(example: Example, tokenizer: Tokenizer, wording: Wording) -> int:
-    """Tokens of (x, z̃), the longest prompt that an example makes."""
-    demo = data.stated(example.demo, 1.0)
-    return len(tokenizer.chat(data.teacher_messages(example, wording, demo, report=1.0)))
+def teacher_length(example: Example, tokenizer: Tokenizer, wording: Wording, args: Args) -> int:
+    """Tokens of (x, z̃), the longest prompt that an example makes.
+
+    A solution in place of a demonstration may be as long as a completion can be.
+    """
+    solution = args.context == "solution"
+    demo = data.stated("" if solution else example.demo, 1.0)
+    prompt = tokenizer.chat(data.teacher_messages(example, wording, demo, report=1.0))
+    return len(prompt) + args.max_new_tokens * solution
 
 
 # ----------------------------------------------------------------------------- what fits
@@ -1632,14 +1649,17 @@ def memory_needed(config: Config, prompts: list[int], args: Args,
     computed = bytes_computed(args)
     exact = computed == 4 or args.rounding == "nearest" or args.lora_rank > 0
     stored = 4 if exact else 2  # bytes of a weight that is learned
-    learned, frozen, cast = weights, 0, 0 if stored == computed else computed * weights
+    learned, frozen = weights, 0
+    cast = 0 if stored == computed else computed * weights
     if args.lora_rank:  # The model stays as it is computed with, and is never cast.
         model.add_adapters(args.lora_rank, 1.0)
         learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
         frozen, cast = weights, 0
     averaged = weights - in_layers if args.teacher_device == "cpu" else learned
     optimizer, teacher = 8 * learned, averaged * stored
-    passing, copy = 0 if args.recompute else cast, cast  # weights for a pass, and to sample from
+    passing, copy = cast, cast  # weights for a pass, and to sample from
+    if args.recompute:
+        passing = 0
     if processes > 1:
         # A pass gathers embedding and head of student and teacher, the gradient and its sum over
         # the ranks, and three layers: one computes, one comes, of one the gradient goes.
@@ -1708,7 +1728,7 @@ def memory_free(device: torch.device) -> float:
 def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args,
                  device: torch.device) -> None:
     """Says what the run needs and what there is; refuses one that cannot fit, with what helps."""
-    prompts = [teacher_length(example, tokenizer, task.wording)
+    prompts = [teacher_length(example, tokenizer, task.wording, args)
                for example in task.draw(64, "memory", 0)]
     longest = max(prompts) + args.rollouts * args.max_new_tokens
     parts = memory_needed(config, prompts, args, ranks.size())
@@ -1831,11 +1851,10 @@ def make_results(start: Path, config: Config, tokenizer: Tokenizer, task: Task, 
         results[name] = trained | evaluate(
             model, tokenizer, task.held_out, task.wording, eval_sampling(args), args.seed,
             args.eval_samples, args.oracle, args.paper_samples, name)
-        directory = start if name == "base" else out / name
-        # A base that was not made here has its own card.
-        if directory.parent == out and ranks.first():
+        made_here = name != "base" or args.sft_steps or not args.model
+        if made_here and ranks.first():  # any other base has its own card
             card = model_card(name, results, settings(args, name, task), args)
-            write_text(directory / "README.md", card)
+            write_text(out / name / "README.md", card)
         del model  # one student and one teacher at a time
     return results
 

@@ -33,7 +33,7 @@ class DataError(BadInput):
 
 # ------------------------------------------------------- y = (a, c): the confidence segment c
 
-SEGMENT = re.compile(r"confidence:[ \t]*(\S*)", re.IGNORECASE)
+SEGMENT = re.compile(r"confidence\*{0,2}:[ \t*]*(\S*)", re.IGNORECASE)  # bold, perhaps
 NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(%?)")
 
 
@@ -175,7 +175,7 @@ class Kind:
 
 
 def as_it_is(value):
-    """Serves kinds whose answers need no other form, and marks what a template pays for."""
+    """Serves kinds whose answers need no other form."""
     return value
 
 
@@ -187,9 +187,10 @@ def without_commas(text: str) -> str:
 
 
 def last_number(text: str) -> str | None:
-    """Finds the last whole number. Commas between thousands do not count as a part of it."""
-    numbers = re.findall(r"-?\d+", without_commas(text))
-    return numbers[-1] if numbers else None
+    """Finds the last number, as digits: that of "$1,046.00" is 1046. None if it is not whole."""
+    numbers = re.findall(r"(-?\d+)(\.\d+)?", without_commas(text))
+    whole, decimals = numbers[-1] if numbers else (None, "")
+    return None if decimals.strip(".0") else whole
 
 
 def change_a_digit(answer: str, rng: random.Random) -> str:
@@ -203,7 +204,8 @@ def change_a_digit(answer: str, rng: random.Random) -> str:
 
 CHOICES = (
     re.compile(r"<answer>\s*([A-Z])\s*</answer>", re.IGNORECASE),
-    re.compile(r"answer(?:\s+is)?\s*(?::\s*)?\(?([A-Z])\b", re.IGNORECASE),  # "answer is X" too
+    # "Answer: X" and "the answer is (X)", and not the article of "the answer is a hard one".
+    re.compile(r"answer(?:\s+is)?[\s:(*]*(?!(?-i:a|I)\s+\w)([A-Z])\b", re.IGNORECASE),
     re.compile(r"^\W*([A-Z])\W*$", re.IGNORECASE))  # the letter alone
 
 
@@ -395,7 +397,7 @@ class Tokenizer:
     template_args: variables for the chat template, such as {"enable_thinking": False}.
 
     eos_ids holds the tokens that end a completion. Completions that we write end with the first.
-    Raises DataError where there is no end token, or no chat template that compiles.
+    Raises BadInput where there is no end token, or no chat template that compiles.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict, generation: dict,
@@ -424,7 +426,7 @@ class Tokenizer:
         directory: holds tokenizer.json and, where the model has them, tokenizer_config.json,
             chat_template.jinja, generation_config.json and config.json.
         template_args: variables for the chat template, such as {"enable_thinking": False}.
-        Raises DataError where a file is missing or broken, where there is no chat template that
+        Raises BadInput where a file is missing or broken, where there is no chat template that
         compiles, or where there is no end token.
         """
         directory = Path(directory)

@@ -983,7 +983,7 @@ class RecordedStep:
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
            generator: torch.Generator | None) -> Tensor:
     """Draws a token per row of logits [N, V], int64 [N]: temperature, then the k likeliest, then
-    the nucleus of mass p. The token is -1 where a logit is NaN or infinity."""
+    the nucleus of mass p. The token is -1 where a logit is NaN or +infinity."""
     if temperature == 0:
         token = logits.argmax(-1, keepdim=True)  # It is that of a NaN where there is one.
         return torch.where(logits.gather(-1, token).isfinite(), token, -1)[:, 0]

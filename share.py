@@ -33,8 +33,7 @@ def model_card(name: str, results: dict, settings: dict, args: Args) -> str:
     header = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     about = ABOUT.get(name) or ABOUT.get(name.split("-")[0], "trained with another objective, to "
                                          "compare with")
-    wording = data.WORDS if args.model else data.SYMBOLS
-    asks = (f"Its questions end with `{wording.instruction.strip()}`\n" if args.model else
+    asks = (f"Its questions end with `{data.WORDS.instruction.strip()}`\n" if args.model else
             'It knows sums and products alone, as "12+34=", and writes the last digit first.\n')
     maker = f"`caopd.py --method {name}`" if name in METHODS else "its supervised stage"
     return f"""---

@@ -296,8 +296,8 @@ def explain(text: str | None, sources: dict[str, Path], tokenizer: Tokenizer, co
 
     Where a method's trained model is in --out, it is set beside them.
     """
-    base, source = next(iter(sources.items()))
-    student = load_model(source, None, args, device)
+    base = "base" if args.sft_steps and "base" in sources else next(iter(sources))
+    student = load_model(sources[base], None, args, device)
     group = choose_group(text, student, tokenizer, config, args)
     methods = {name: METHODS[name] for name in args.method.split(",")}
     if any(method.reference for method in methods.values()):

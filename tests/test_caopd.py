@@ -401,6 +401,16 @@ def test_references_are_the_teachers_own_answers(world, monkeypatch):
     assert [group.reference for group in groups] == ["01", "11"]
 
 
+def test_a_reference_that_was_cut_off_agrees_with_none(world, monkeypatch):
+    args, tokenizer, task, _, teacher = world
+    group = hand_made(tokenizer, "12+34=", "64", "6", "64")
+    for end, agree in (([END], 0.5), ([], 0.0)):
+        monkeypatch.setattr(caopd, "generate", lambda *_, **__: [tokenizer.encode("64") + end])
+        caopd.add_references([group], teacher, tokenizer, task.wording,
+                             caopd.rollout_sampling(args), torch.Generator())
+        assert caopd.self_consistency(group) == [agree] * 2
+
+
 # ----------------------------------------------------------------------- step 3: target replacement
 
 
@@ -1461,6 +1471,18 @@ def test_a_run_that_falls_apart_says_so_once(tmp_path, capsys):
     assert capsys.readouterr().out.count("prefers another token") == 1
 
 
+def test_only_a_teacher_that_is_asked_to_copy_is_watched(tmp_path):
+    """Both sides have to state mu_hat, and some completion has to have an I_c."""
+    for i, (flags, watched) in enumerate([
+            ((), True), (("--max-new-tokens", "1"), True), (("--replace", "completion"), False),
+            (("--replace", "demonstration,instruction"), False)]):
+        run(tmp_path / str(i), "--method", "caopd", *flags)
+        rows = [row for row in metrics(tmp_path / str(i)) if row["stage"] == "caopd"]
+        assert all(("copied" in row) == watched for row in rows)
+        assert all((row["copied"] is None) == (row["truncated"] == 1) for row in rows if watched)
+    assert rows[-1]["truncated"] < 1
+
+
 def test_weights_that_overflow_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path, capsys,
                                                                               monkeypatch):
     flags = [*TINY, "--out", str(tmp_path), "--method", "caopd", "--save-every", "2"]
@@ -2029,7 +2051,8 @@ def test_adapters_are_all_that_is_held_beside_the_model():
     (["--model", "/nowhere"], "--model /nowhere"), (["--model", "no dir"], "--model no dir"),
     (["--prompts", "0"], "--prompts"), (["--max-new-tokens", "0"], "--max-new-tokens"),
     (["--max-prompt", "2"], "--max-prompt 2"), (["--width", "20"], "--width"),
-    (["--max-new-tokens", "200"], "over the model's 128"), (["--oracle", "1"], "--oracle 1"),
+    (["--max-new-tokens", "200"], "over the model's 128"),
+    (["--max-new-tokens", "100", "--context", "solution"], "with solution and completion takes"), (["--oracle", "1"], "--oracle 1"),
     (["--split", "test"], "--split"), (["--eval-top-p", "0"], "--eval-top-p 0"),
     (["--paper-samples", "-1"], "--paper-samples -1"), (["--eval-samples", "0"], "--eval-samples"),
     (["--template-args", "{enable_thinking: false}"], "--template-args: not JSON"),
@@ -2040,6 +2063,8 @@ def test_adapters_are_all_that_is_held_beside_the_model():
     (["--method", "caopd-sc", "--context", "solution"], "caopd-sc needs --context demo"),
     (["--method", "caopd-sc", "--teacher-device", "cpu"], "leave out --teacher-device"),
     (["--method", "opd,grpo", "--rollouts", "1"], "--rollouts 1"),
+    (["--method", "rlcr", "--rollouts", "1"], "--rollouts 1"),
+    (["--method", "opd", "--context", "solution", "--rollouts", "1"], "--rollouts 1"),
     (["--method", "caopd-direct-loo", "--rollouts", "1"], "--rollouts 1"),
     (["--seed", str(2 ** 64)], "--seed 18446744073709551616: it should be a whole number below"),
     (["--oracle", str(2 ** 63)], "--oracle 9223372036854775808"),
@@ -2071,8 +2096,8 @@ def test_bad_files_and_directories_are_one_sentence(tmp_path, real_model, capsys
     refused(real_model, lacks, "lacks.jsonl, line 1: no `answer`")
     refused(real_model, write(tmp_path / "other.jsonl", ROWS["tool"][0]), "cannot verify")
     refused(real_model, write(tmp_path / "empty.jsonl"), "no examples")
-    refused(real_model, tmp_path / "absent.jsonl", "no absent.jsonl there")
-    refused(tmp_path, good, "no config.json")
+    refused(real_model, tmp_path / "absent.jsonl", "absent.jsonl: there is no such file")
+    refused(tmp_path, good, "config.json: there is no such file")
     refused(good, good, "no such directory")
     refused("x" * 300, good, "no such directory")
     refused(real_model, "x" * 300, "File name too long")

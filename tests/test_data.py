@@ -28,7 +28,8 @@ from files import BadInput
     ("Confidence: high", None), ("Confidence: 1.01", None), ("Confidence: -0.5", None),
     ("Confidence: 0.8.5", None), ("Confidence: nan", None), ("Confidence: 1e-1", None),
     ("Confidence: 150%", None), ("Confidence: 0.9\nConfidence: ?", None),
-    ("Confidence:\n0.5", None)])
+    ("Confidence:\n0.5", None), ("**Confidence:** 0.9", 0.9), ("Confidence: **0.9**", 0.9),
+    ("**Confidence**: 0.9", 0.9), ("Confidence *: 0.9", None)])
 def test_parse_confidence(text, value):
     assert parse_confidence(text) == value
 
@@ -154,11 +155,17 @@ CALL = [{"Action": "search", "Action_Input": '{"q": "x", "n": 2}'}]
     ("arithmetic", "46", "46\nConfidence: 0.85", True), ("arithmetic", "1046", "1,046", True),
     ("arithmetic", "-3", "-3", True), ("arithmetic", "46", "460", False),
     ("arithmetic", "46", "46 or 47", False), ("arithmetic", "85", "46\nConfidence: 0.85", False),
+    ("arithmetic", "18", "She makes $18.00.", True), ("arithmetic", "46", "3.46", False),
+    ("arithmetic", "1046", "$1,046.0 a day", True), ("arithmetic", "18", "18.50", False),
     ("arithmetic", "46", "", False), ("arithmetic", "01", "01\nConfidence: 1.00", True),
     ("mcq", "B", "<answer>\nB\n</answer>", True), ("mcq", "B", "<answer>b</answer>", True),
     ("mcq", "B", "B", True), ("mcq", "B", "The answer is (B).", True),
     ("mcq", "B", "<answer>A</answer> no: <answer>B</answer>", True),
     ("mcq", "B", "<answer>A</answer>", False), ("mcq", "A", "A good question", False),
+    ("mcq", "A", "I cannot answer a question like that.", False),
+    ("mcq", "A", "The answer is a hard one.", False), ("mcq", "I", "The answer: I think", False),
+    ("mcq", "B", "The correct answer is **B**.", True), ("mcq", "B", "**Answer:** B", True),
+    ("mcq", "A", "The answer is A because it is", True), ("mcq", "A", "The answer is a.", True),
     ("mcq", "B", "Answer: BC", False), ("mcq", "B", "A: 1 B: 2", False),
     ("tool", CALL, 'Action: search\nAction Input: {"n": 2, "q": "x"}', True),
     ("tool", CALL, 'Thought: so\nAction: search\nAction_Input: {"q":"x","n":2} end', True),
@@ -413,7 +420,7 @@ def test_refuses_a_word_that_has_no_token(tmp_path):
 
 
 def test_refuses_bad_tokenizer_files(tmp_path):
-    with pytest.raises(BadInput, match="no tokenizer.json"):
+    with pytest.raises(BadInput, match="tokenizer.json: there is no such file"):
         Tokenizer.from_pretrained(tmp_path)
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
@@ -582,7 +589,7 @@ def test_jsonl_errors_name_file_and_line(tmp_path, task, line, words):
 
 
 def test_jsonl_missing_empty_and_not_text(tmp_path):
-    with pytest.raises(BadInput, match="no absent.jsonl there"):
+    with pytest.raises(BadInput, match="absent.jsonl: there is no such file"):
         load_jsonl(tmp_path / "absent.jsonl", "mcq")
     with pytest.raises(BadInput, match="no examples"):
         load_jsonl(write(tmp_path / "empty.jsonl", "", " "), "mcq")

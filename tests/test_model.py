@@ -536,7 +536,7 @@ def test_refuses_configurations_it_does_not_compute(tmp_path, config, words):
 
 
 def test_refuses_missing_and_broken_files(tmp_path):
-    with pytest.raises(BadInput, match="no config.json"):
+    with pytest.raises(BadInput, match="config.json: there is no such file"):
         Transformer.from_pretrained(tmp_path)
     m = broken(tmp_path)
     whole = (m / "model.safetensors").read_bytes()
