@@ -1598,6 +1598,7 @@ def fitting(examples: list[Example], tokenizer: Tokenizer, wording: Wording, con
     Longer ones are refused, or left out and counted with --skip-long.
     """
     kept, limit = [], config.max_position_embeddings
+    shown = "demonstration" if args.context == "demo" else "solution"
     for example in tqdm(examples, desc="reading", unit="prompt", leave=False,
                         disable=len(examples) < 500 or not ranks.first()):
         prompt = len(tokenizer.chat(data.student_messages(example, wording)))
@@ -1609,7 +1610,7 @@ def fitting(examples: list[Example], tokenizer: Tokenizer, wording: Wording, con
                      else f"the prompt {example.question!r}")
             problem = (f"has {prompt} tokens, over --max-prompt {args.max_prompt}"
                        if prompt > args.max_prompt else
-                       f"with {args.context} and completion takes {total} tokens, over the model's "
+                       f"with {shown} and completion takes {total} tokens, over the model's "
                        f"{limit}")
             helps = ", or leave such prompts out with --skip-long" if args.train else ""
             raise UsageError(f"{which} {problem}; change the limits{helps}")

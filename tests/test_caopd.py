@@ -2052,7 +2052,8 @@ def test_adapters_are_all_that_is_held_beside_the_model():
     (["--prompts", "0"], "--prompts"), (["--max-new-tokens", "0"], "--max-new-tokens"),
     (["--max-prompt", "2"], "--max-prompt 2"), (["--width", "20"], "--width"),
     (["--max-new-tokens", "200"], "over the model's 128"),
-    (["--max-new-tokens", "100", "--context", "solution"], "with solution and completion takes"), (["--oracle", "1"], "--oracle 1"),
+    (["--max-new-tokens", "100", "--context", "solution"], "with solution and completion takes"),
+    (["--oracle", "1"], "--oracle 1"),
     (["--split", "test"], "--split"), (["--eval-top-p", "0"], "--eval-top-p 0"),
     (["--paper-samples", "-1"], "--paper-samples -1"), (["--eval-samples", "0"], "--eval-samples"),
     (["--template-args", "{enable_thinking: false}"], "--template-args: not JSON"),
@@ -2125,6 +2126,15 @@ def test_the_template_gets_its_arguments(tmp_path, real_model, capsys):
     for given, words in (("{}", "it thinks"), ('{"enable_thinking": false}', "has 2 tokens")):
         assert caopd.main([*REAL, *flags, "--template-args", given]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_model_in_out_that_another_run_starts_from_keeps_its_card(real_model, tmp_path):
+    flags = [*REAL, "--out", str(tmp_path), "--model"]
+    assert caopd.main([*flags, str(real_model), "--method", "opd"]) == 0
+    card = (tmp_path / "opd" / "README.md").read_text()
+    assert caopd.main([*flags, str(tmp_path / "opd"), "--method", "caopd"]) == 0
+    assert (tmp_path / "opd" / "README.md").read_text() == card
+    assert (tmp_path / "caopd" / "README.md").exists()
 
 
 def test_an_unwritable_directory_is_one_sentence(tmp_path, capsys):

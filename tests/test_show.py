@@ -113,6 +113,14 @@ def test_a_held_out_question_is_found_and_a_model_explained_alone(out, capsys):
     assert printed(capsys, *TINY, "--out", out, "--explain", "1+1", "2+2").count("2. Emp") == 2
 
 
+def test_the_base_that_a_run_made_of_a_real_model_is_the_one_explained(speaking_model, tmp_path,
+                                                                        capsys):
+    flags = [*TINY, "--model", speaking_model, "--out", tmp_path, "--method", "opd",
+             "--max-new-tokens", "8"]
+    assert caopd.main([*map(str, flags)]) == 0
+    assert "completions y = (a, c) of base, verified" in printed(capsys, *flags, "--explain", "3+4")
+
+
 def test_what_changes_between_two_texts():
     assert show.changes("a 0.90 b", "a 0.95 b") == "a [0.90 → 0.95] b"
     assert show.changes("64⏎", "64⏎Confidence: 0.50") == "64⏎[ → Confidence: 0.50]"
