@@ -173,9 +173,11 @@ def ablation(out: Path, seeds: list[int]) -> tuple[str, dict]:
     told the value that it shall state, on a line of its own, and the base has learned to state it.
     """
     data.SYMBOLS = replace(data.SYMBOLS, report="\n{confidence}")
+    words = {3: "all three", 2: "{} and {}", 1: "{} alone"}
     return grid(out / "told", seeds, {
-        " and ".join(places): ["--method", "caopd", "--replace", ",".join(places), *EQ7]
-        for count in (3, 2, 1) for places in combinations(caopd.REPLACEMENTS, count)})
+        words[count].format(*places): [
+            "--method", "caopd", "--replace", ",".join(places), *EQ7]
+        for count in words for places in combinations(caopd.REPLACEMENTS, count)})
 
 
 def adapters(out: Path, seeds: list[int]) -> tuple[str, dict]:
@@ -262,8 +264,8 @@ def continual(out: Path, seeds: list[int]) -> tuple[str, dict]:
     return table_of_stages(out, seeds, list(permutations(SIDES)))
 
 
-EXPERIMENTS = {f.__name__: f for f in (default, methods, rollouts, divergence, ablation, drift,
-                                       transfer, continual)}
+EXPERIMENTS = {f.__name__: f for f in (default, methods, rollouts, divergence, ablation, adapters,
+                                       drift, transfer, continual)}
 
 
 def main() -> int:
