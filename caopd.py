@@ -232,7 +232,8 @@ def make_targets(group: Group, confidences: list[float] | None, advantages: list
             ids, n = data.replace_confidence(tokenizer, rollout.ids, confidences[k])
         scored.append((tuple(ids), n, rollout.truncated, advantage))
 
-    # One context serves several rollouts. It states the mean of their confidences, which is μ̂.
+    # A context serves several rollouts, and states the mean of all K values: of μ̂, and of the
+    # leave-one-out values, too, that is μ̂.
     told = None if confidences is None else fmean(confidences)
     shown = told if "demonstration" in places else None
     instructed = told if "instruction" in places else None
@@ -552,7 +553,8 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
     sampling, places = rollout_sampling(args), args.replace.split(",")
     # A teacher that reads μ̂ in z̃ and scores a ỹ that states it should find it the likeliest.
     asked_to_copy = (method.confidence and confidence_loss in DIVERGENCES.values()
-                     and "completion" in places and len(places) > 1)
+                     and "completion" in places and ("demonstration" in places or (
+                         "instruction" in places and task.wording.report != "")))
     teacher = make_teacher(student, args.teacher_device) if method.teacher else None
     optimizer = AdamW(student, args.weight_decay, args.clip)
     tensors = optimizer.tensors()
@@ -1441,8 +1443,8 @@ def check_together(args: Args) -> None:
     compared = any(m.confidence is leave_one_out or m.reward for m in methods) or (
         args.context == "solution" and any(m.teacher for m in methods))
     if compared and args.rollouts < 2:
-        raise UsageError(f"--rollouts 1: {args.method} compares a prompt's rollouts, and needs "
-                         "2 or more")
+        raise UsageError(f"--rollouts 1: --method {args.method} with --context {args.context} uses "
+                         "a prompt's other rollouts, and needs 2 or more")
     sampled = {sampled_kl, vopd, policy_gradient}
     if args.temperature != 1 and any(method.answer_loss in sampled for method in methods):
         raise UsageError(f"--temperature {args.temperature}: {args.method} learns from samples of "

@@ -33,7 +33,7 @@ class DataError(BadInput):
 
 # ------------------------------------------------------- y = (a, c): the confidence segment c
 
-SEGMENT = re.compile(r"confidence\*{0,2}:[ \t*]*(\S*)", re.IGNORECASE)  # bold, perhaps
+SEGMENT = re.compile(r"(?:\*\*)?confidence\*{0,2}:[ \t*]*(\S*)", re.IGNORECASE)  # bold, perhaps
 NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(%?)")
 
 
@@ -179,7 +179,7 @@ def as_it_is(value):
     return value
 
 
-# Arithmetic: the answer is the last whole number, as digits.
+# Arithmetic: the answer is the last number, as digits, and has to be whole.
 
 def without_commas(text: str) -> str:
     """Takes the commas between thousands out of a text's numbers."""
@@ -205,7 +205,7 @@ def change_a_digit(answer: str, rng: random.Random) -> str:
 CHOICES = (
     re.compile(r"<answer>\s*([A-Z])\s*</answer>", re.IGNORECASE),
     # "Answer: X" and "the answer is (X)", and not the article of "the answer is a hard one".
-    re.compile(r"answer(?:\s+is)?[\s:(*]*(?!(?-i:a|I)\s+\w)([A-Z])\b", re.IGNORECASE),
+    re.compile(r"\banswer\b(?:\s+is)?[\s:(*]*(?!(?-i:a|I)[ \t]+\w)([A-Z])\b", re.IGNORECASE),
     re.compile(r"^\W*([A-Z])\W*$", re.IGNORECASE))  # the letter alone
 
 

@@ -35,7 +35,8 @@ def model_card(name: str, results: dict, settings: dict, args: Args) -> str:
                                          "compare with")
     asks = (f"Its questions end with `{data.WORDS.instruction.strip()}`\n" if args.model else
             'It knows sums and products alone, as "12+34=", and writes the last digit first.\n')
-    maker = f"`caopd.py --method {name}`" if name in METHODS else "its supervised stage"
+    maker = (f"`caopd.py --method {name}`" if name in METHODS else
+             "the supervised stage of `caopd.py`")
     return f"""---
 {header}
 ---

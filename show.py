@@ -387,8 +387,9 @@ def empirical(group: Group, methods: dict[str, Method]) -> str:
     lines = [f"μ̂(x) = {correct}/{len(group.rollouts)} = {mu_hat(group)[0]:.3f}{says}"]
     for method in methods.values():
         if method.confidence not in (None, mu_hat):
-            value = method.confidence(group)[0]
-            lines.append(f"{method.title} takes {value:.3f} for the first rollout")
+            why = ("the share that agrees with the teacher's own answer" if method.reference else
+                   "the success rate of the other rollouts, for the first one")
+            lines.append(f"{method.title} takes {method.confidence(group)[0]:.3f}, {why}")
     return "\n".join(map(indented, lines))
 
 

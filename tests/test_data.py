@@ -166,6 +166,8 @@ CALL = [{"Action": "search", "Action_Input": '{"q": "x", "n": 2}'}]
     ("mcq", "A", "The answer is a hard one.", False), ("mcq", "I", "The answer: I think", False),
     ("mcq", "B", "The correct answer is **B**.", True), ("mcq", "B", "**Answer:** B", True),
     ("mcq", "A", "The answer is A because it is", True), ("mcq", "A", "The answer is a.", True),
+    ("mcq", "C", "Answer: C. The other answers are wrong.", True),
+    ("mcq", "A", "The answer is a\nbecause of it", True),
     ("mcq", "B", "Answer: BC", False), ("mcq", "B", "A: 1 B: 2", False),
     ("tool", CALL, 'Action: search\nAction Input: {"n": 2, "q": "x"}', True),
     ("tool", CALL, 'Thought: so\nAction: search\nAction_Input: {"q":"x","n":2} end', True),
