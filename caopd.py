@@ -551,10 +551,6 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
     method = METHODS[name]
     answer_loss, confidence_loss = choose_losses(method, args)
     sampling, places = rollout_sampling(args), args.replace.split(",")
-    # A teacher that reads μ̂ in z̃ and scores a ỹ that states it should find it the likeliest.
-    asked_to_copy = (method.confidence and confidence_loss in DIVERGENCES.values()
-                     and "completion" in places and ("demonstration" in places or (
-                         "instruction" in places and task.wording.report != "")))
     teacher = make_teacher(student, args.teacher_device) if method.teacher else None
     optimizer = AdamW(student, args.weight_decay, args.clip)
     tensors = optimizer.tensors()
@@ -599,7 +595,7 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
             ema_update(teacher, student, args.teacher_rate, generator)
 
         row = summarize(groups, targets, losses)
-        if asked_to_copy:
+        if method.confidence and asked_to_copy(confidence_loss, places, task.wording):
             row["copied"] = copied
         stage.log(step, row | {"lr": lr, "grad_norm": grad_norm}, pick_samples(groups, step))
         stage.save_if_due(step)
@@ -630,6 +626,15 @@ def choose_losses(method: Method, args: "Args") -> tuple[TokenLoss, TokenLoss]:
         on_confidence = DIVERGENCES[args.confidence_divergence]
     return (on_answer if method.answer_loss is kl else method.answer_loss,
             on_confidence if method.confidence_loss is kl else method.confidence_loss)
+
+
+def asked_to_copy(confidence_loss: TokenLoss, places: Collection[str], wording: Wording) -> bool:
+    """Whether a teacher of a replaced confidence reads μ̂ in z̃ and scores a ỹ that states it.
+
+    One that does should hold it for the likeliest; `copied` in metrics.jsonl says how often.
+    """
+    told = "demonstration" in places or ("instruction" in places and wording.report != "")
+    return confidence_loss in DIVERGENCES.values() and "completion" in places and told
 
 
 def seeded(seed: int, stage: str, step: int, device: torch.device) -> torch.Generator:
@@ -1660,9 +1665,8 @@ def memory_needed(config: Config, prompts: list[int], args: Args,
         frozen, cast = weights, 0
     averaged = weights - in_layers if args.teacher_device == "cpu" else learned
     optimizer, teacher = 8 * learned, averaged * stored
-    passing, copy = cast, cast  # weights for a pass, and to sample from
-    if args.recompute:
-        passing = 0
+    passing = 0 if args.recompute else cast  # weights for a pass
+    copy = cast  # and to sample from
     if processes > 1:
         # A pass gathers embedding and head of student and teacher, the gradient and its sum over
         # the ranks, and three layers: one computes, one comes, of one the gradient goes.
