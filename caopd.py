@@ -13,9 +13,9 @@ Algorithm 1 repairs that with one change, step 3, and the order of this file is 
 
 METHODS, after step 4, says in a row what tells one method from another: OPD is the same without
 step 3, GRPO has a reward in place of a teacher. `train` is the loop. Behind it stand the optimizer,
-the supervised stage that makes the base model, logs and checkpoints, evaluation, the command line
-and main. There is one update for each batch, by one process on one device, or by several that
-share its prompts (ranks.py).
+the supervised stage that makes the base model, evaluation, the command line and main; logs and
+checkpoints are in stage.py. There is one update for each batch, by one process on one device, or by
+several that share its prompts (ranks.py).
 
     python caopd.py                                   the embedded world, from nothing to the table
     python caopd.py --model DIR --task arithmetic     the same on a real model
@@ -53,9 +53,10 @@ from tqdm import tqdm
 import data
 import ranks
 from data import Example, Task, Tokenizer, Wording
-from files import (BadInput, Checkpoint, Unbroken, claimed, fingerprint, from_json, map_leaves,
-                   parse_json, read_object, read_text, to_json, within, write_text)
-from model import Config, NotFinite, SharedPrefix, Transformer, activation_bytes, generate
+from files import (BadInput, Unbroken, claimed, fingerprint, map_leaves, parse_json, read_object,
+                   read_text, to_json, write_text)
+from model import Config, NotFinite, SharedPrefix, Transformer, generate
+from stage import REMEDY, Stage
 
 # ------------------------------------------------------------------- Algorithm 1, step 1: rollout
 
@@ -601,18 +602,14 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         stage.save_if_due(step)
 
 
-REMEDY = ("try a lower learning rate (--lr, --sft-lr), a lower --clip or --dtype float32, or "
-          "another --model; the last checkpoint is as it was")
-
-
 @contextmanager
 def finite_logits(where: str, tokenizer: Tokenizer) -> Iterator[None]:
-    """Raises UsageError for logits that are not finite: where it was, after what, what to try."""
+    """Raises BadInput for logits that are not finite: where it was, after what, what to try."""
     try:
         yield
     except NotFinite as error:
         text = tokenizer.decode(error.prompt)[-200:]
-        raise UsageError(f"{where}: the logits after {text!r} are not finite; {REMEDY}") from None
+        raise BadInput(f"{where}: the logits after {text!r} are not finite; {REMEDY}") from None
 
 
 def choose_losses(method: Method, args: "Args") -> tuple[TokenLoss, TokenLoss]:
@@ -836,149 +833,6 @@ def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: "Args"
         grad_norm = optimizer.step(step, lr, seeded(args.seed, "rounding", step, model.device))
         stage.log(step, {"loss": loss, "lr": lr, "grad_norm": grad_norm})
         stage.save_if_due(step)
-
-
-# --------------------------------------------------------------- logs, checkpoints and warnings
-
-TROUBLE = {  # by a figure of a step: when it tells of trouble, and what to say then
-    "format": (lambda share: share < 0.5, "over half of the completions state no confidence; a "
-               "teacher that drifts does that (--teacher-rate 0), and so does a model that never "
-               "learned the format (--sft-steps)"),
-    "collapse": (lambda share: share > 0.95, "nearly all completions state one and the same "
-                 "confidence, though some questions go better than others; OPD ends there, CaOPD "
-                 "may pass through it early, and one that stays has a teacher that no longer "
-                 "reports what it is told (--teacher-rate 0, --method caopd-direct)"),
-    "moved": (lambda share: share == 0, "no update has moved a weight so far; raise --lr, or give "
-              "the method something to learn from (GRPO needs rollouts that differ, --context "
-              "solution a correct one)"),
-    "truncated": (lambda share: share > 0.5, "over half of the completions are cut off; raise "
-                  "--max-new-tokens"),
-    "copied": (lambda share: share < 0.95, "for over 5 % of the tokens that state a replaced "
-               "confidence the teacher prefers another token, and teaches that; a base learns to "
-               "copy by more --sft-steps, a teacher that stays does not forget it (--teacher-rate "
-               "0), and --method caopd-direct learns the confidence without a teacher")}
-
-
-@dataclass
-class Logged:
-    """What every line of metrics.jsonl and of samples.jsonl has."""
-
-    stage: str
-    step: int = within(0, 2 ** 63)
-
-
-LOOK_EVERY = 120  # seconds from one time that samples are shown to the next
-
-
-class Stage:
-    """What surrounds a training loop: it resumes, shows progress, logs, and saves checkpoints.
-
-    Every rank has one, and rank 0 writes and speaks.
-
-    settings: all that determines the stage's result; a checkpoint of others is not taken.
-    tensors: all that an update changes, by name.
-    """
-
-    def __init__(self, name: str, out: Path, settings: dict, tensors: dict[str, Tensor],
-                 save_every: int, track: str = ""):
-        self.name, self.save_every = name, save_every
-        self.metrics, self.samples = out / "metrics.jsonl", out / "samples.jsonl"
-        self.tracker, self.next_look, self.warned = None, 0.0, set()
-        if ranks.first():
-            (out / name).mkdir(parents=True, exist_ok=True)
-        if track and ranks.first():
-            from share import Tracker
-            self.tracker = Tracker(track, name, out, settings)
-        self.checkpoint = Checkpoint(out / name / "checkpoint.safetensors", settings, tensors)
-        self.start = self.checkpoint.resume()
-        if ranks.from_first(self.start) != self.start:
-            raise UsageError(f"--out {out}: all processes have to see the same directory")
-        if self.start:
-            tqdm.write(f"Going on from step {self.start} of an interrupted run "
-                       f"({self.checkpoint.path}).")
-        # A row of the last layer's last matrix stands for all that an update should move.
-        self.watched = [ranks.local(weight.detach())[:1] for key, weight in tensors.items()
-                        if key.startswith("student.") and "down_proj" in key][-1]
-        self.at_start = self.watched.clone()
-        if ranks.first():
-            self.drop_rows_from(self.start)
-
-    def steps(self, total: int) -> Iterator[int]:
-        """The steps that are left to do, with a progress bar."""
-        self.total, self.began = total, time.perf_counter()
-        self.bar = tqdm(range(self.start, total), initial=self.start, total=total,
-                        desc=f"{self.name:>6}", unit="step", dynamic_ncols=True,
-                        disable=not ranks.first())
-        yield from self.bar
-        if self.tracker:
-            self.tracker.finish()
-
-    def log(self, step: int, row: dict, samples: Sequence[dict] = ()) -> None:
-        """Writes a step's figures and samples to the logs, and shows them.
-
-        Raises UsageError for a loss or a gradient that is not finite.
-        """
-        now = time.perf_counter()
-        place, row = {"stage": self.name, "step": step}, row | {"seconds": now - self.began}
-        self.began = now
-        if ranks.first():
-            self.write(self.metrics, place, [row])
-            self.write(self.samples, place, samples)
-        if not math.isfinite(row["loss"] + row["grad_norm"]):
-            raise UsageError(f"{self.name}, step {step}: the loss is {row['loss']} and its "
-                             f"gradient has norm {row['grad_norm']}; {REMEDY}")
-        shown = {"accuracy": "accuracy", "confidence": "says", "loss": "loss"}
-        self.bar.set_postfix_str(", ".join(f"{word} {row[key]:.2f}" for key, word in shown.items()
-                                           if key in row))
-        if now < self.next_look and step + 1 < self.total:
-            samples = ()
-        else:
-            self.next_look = now + LOOK_EVERY
-            self.show_samples(step, samples)
-        if self.tracker:
-            self.tracker.log(step, row, samples)
-        self.warn(step, row)
-
-    @staticmethod
-    def write(path: Path, place: dict, rows: Sequence[dict]) -> None:
-        """Adds a line for each row, which tells its place, a stage and a step, first."""
-        with path.open("a") as file:
-            file.writelines(to_json(place | row) + "\n" for row in rows)
-
-    def warn(self, step: int, row: dict) -> None:
-        """Says what is wrong with a step's figures, each thing once."""
-        if step + 1 == self.start + 5:
-            row["moved"] = (self.watched != self.at_start).float().mean().item()
-        for key, (wrong, words) in TROUBLE.items():
-            if key in row and key not in self.warned and wrong(row[key]):
-                self.warned.add(key)
-                tqdm.write(f"{self.name}, step {step}: {words}.")
-
-    def show_samples(self, step: int, samples: Sequence[dict]) -> None:
-        """Prints samples, so that a run which learns nonsense is seen at once."""
-        for sample in samples:
-            question, answer = (" ".join(sample[key].split()) for key in ("question", "answer"))
-            says = "nothing" if sample["confidence"] is None else f"{sample['confidence']:.2f}"
-            tqdm.write(f"{self.name}, step {step}:  {question[-32:]} {answer[-32:]}  says {says}, "
-                       f"mu_hat {sample['mu_hat']:.2f}, "
-                       f"{'right' if sample['correct'] else 'wrong'}")
-
-    def save_if_due(self, step: int) -> None:
-        """Saves a checkpoint after every --save-every steps, and after the last one."""
-        if (step + 1) % self.save_every == 0 or step + 1 == self.total:
-            self.checkpoint.save(step + 1)
-
-    def drop_rows_from(self, step: int) -> None:
-        """Takes this stage's rows from `step` on out of both logs: they are made again."""
-        for path in (self.metrics, self.samples):
-            kept = []
-            for number, line in enumerate(read_text(path, absent="").splitlines(True), 1):
-                if line.endswith("\n"):  # unless the run was killed while it wrote this last line
-                    where = f"{path}, line {number}"
-                    row = from_json(Logged, parse_json(line, where), where)
-                    if row.stage != self.name or row.step < step:
-                        kept.append(line)
-            write_text(path, "".join(kept))
 
 
 # ----------------------------------------------------------------------------- evaluation
@@ -1347,13 +1201,9 @@ DEFAULTS = {  # field: (embedded world, --model)
     "micro_tokens": (16384, 4096)}
 
 
-class UsageError(BadInput):
-    """A request that cannot be served; the message names the flag or file, and what to do."""
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise UsageError(f"{message} (see --help)")
+        raise BadInput(f"{message} (see --help)")
 
 
 def argument(field: dataclasses.Field) -> dict:
@@ -1390,8 +1240,8 @@ def parse_args(argv: list[str] | None) -> Args:
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         if value == "":
-            raise UsageError(f"--{name.replace('_', '-')}: its value is empty, perhaps that of a "
-                             "variable that is not set")
+            raise BadInput(f"--{name.replace('_', '-')}: its value is empty, perhaps that of a "
+                           "variable that is not set")
     args = Args(**given)
     for name, defaults in DEFAULTS.items():
         if getattr(args, name) is None:
@@ -1409,7 +1259,7 @@ def check_values(args: Args) -> None:
         for name in names:
             if not holds(getattr(args, name)):
                 flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-                raise UsageError(f"{flag}: it should be {wish}")
+                raise BadInput(f"{flag}: it should be {wish}")
 
     whole = [field.name for field in dataclasses.fields(Args) if field.type is int]
     require("a whole number below 2^31", lambda n: abs(n) < 2 ** 31, *whole)
@@ -1436,10 +1286,10 @@ def check_values(args: Args) -> None:
     require("one or several of " + ", ".join(REPLACEMENTS) + ", separated by commas",
             lambda text: set(text.split(",")) <= set(REPLACEMENTS), "replace")
     if not isinstance(parse_json(args.template_args, "--template-args"), dict):
-        raise UsageError(f"--template-args {args.template_args}: it should be a JSON object, such "
-                         'as {"enable_thinking": false}')
+        raise BadInput(f"--template-args {args.template_args}: it should be a JSON object, such "
+                       'as {"enable_thinking": false}')
     if args.track and find_spec(args.track) is None:
-        raise UsageError(f"--track {args.track}: it is not installed; pip install {args.track}")
+        raise BadInput(f"--track {args.track}: it is not installed; pip install {args.track}")
 
 
 def check_together(args: Args) -> None:
@@ -1448,36 +1298,36 @@ def check_together(args: Args) -> None:
     compared = any(m.confidence is leave_one_out or m.reward for m in methods) or (
         args.context == "solution" and any(m.teacher for m in methods))
     if compared and args.rollouts < 2:
-        raise UsageError(f"--rollouts 1: --method {args.method} with --context {args.context} uses "
-                         "a prompt's other rollouts, and needs 2 or more")
+        raise BadInput(f"--rollouts 1: --method {args.method} with --context {args.context} uses "
+                       "a prompt's other rollouts, and needs 2 or more")
     sampled = {sampled_kl, vopd, policy_gradient}
     if args.temperature != 1 and any(method.answer_loss in sampled for method in methods):
-        raise UsageError(f"--temperature {args.temperature}: {args.method} learns from samples of "
-                         "the student itself, at temperature 1")
+        raise BadInput(f"--temperature {args.temperature}: {args.method} learns from samples of "
+                       "the student itself, at temperature 1")
     if any(method.reference for method in methods) and args.context != "demo":
-        raise UsageError("--method caopd-sc needs --context demo: without a verifier no rollout is "
-                         "known to be correct")
+        raise BadInput("--method caopd-sc needs --context demo: without a verifier no rollout is "
+                       "known to be correct")
     if args.save_adapter and not args.lora_rank:
-        raise UsageError("--save-adapter: only --lora-rank N makes an adapter")
+        raise BadInput("--save-adapter: only --lora-rank N makes an adapter")
     if args.lora_rank and args.teacher_device == "cpu":
-        raise UsageError("--teacher-device cpu: with --lora-rank the teacher is the student's own "
-                         "model with adapters of its own, and takes next to no memory")
+        raise BadInput("--teacher-device cpu: with --lora-rank the teacher is the student's own "
+                       "model with adapters of its own, and takes next to no memory")
     if any(method.reference for method in methods) and args.teacher_device == "cpu":
-        raise UsageError("--method caopd-sc samples from the teacher: leave out --teacher-device")
+        raise BadInput("--method caopd-sc samples from the teacher: leave out --teacher-device")
     graded = args.task == "arithmetic" or bool(args.train) or args.ask is not None
     if bool(args.train) != bool(args.eval) or not graded:
-        raise UsageError(f"--task {args.task} needs both --train FILE.jsonl and --eval FILE.jsonl, "
-                         "or a share such as --eval 0.1")
+        raise BadInput(f"--task {args.task} needs both --train FILE.jsonl and --eval FILE.jsonl, "
+                       "or a share such as --eval 0.1")
     if ranks.size() > 1 and (args.ask is not None or args.explain is not None):
-        raise UsageError("--ask and --explain need one process: leave out torchrun")
+        raise BadInput("--ask and --explain need one process: leave out torchrun")
     if ranks.size() > 1 and args.teacher_device == "cpu":
-        raise UsageError("--teacher-device cpu: with several processes the teacher is spread over "
-                         "their devices")
+        raise BadInput("--teacher-device cpu: with several processes the teacher is spread over "
+                       "their devices")
     if (share := held_out_share(args)) is not None and not 0 < share < 0.8:
-        raise UsageError(f"--eval {args.eval[0]}: a share should be over 0 and under 0.8")
+        raise BadInput(f"--eval {args.eval[0]}: a share should be over 0 and under 0.8")
     if args.train and not args.model:
-        raise UsageError("--train and --eval need --model: the embedded world's tiny tokenizer "
-                         "knows arithmetic alone")
+        raise BadInput("--train and --eval need --model: the embedded world's tiny tokenizer "
+                       "knows arithmetic alone")
 
 
 def held_out_share(args: Args) -> float | None:
@@ -1517,11 +1367,11 @@ def pick_device(name: str) -> torch.device:
     own = f"cuda:{ranks.own_gpu()}"
     place = {"auto": own if count else "cpu", "cuda": own}.get(name, name)
     if place not in ("cpu", own) and ranks.size() > 1:
-        raise UsageError(f"--device {name}: each of several processes has a GPU of its own; say "
-                         "--device cuda")
+        raise BadInput(f"--device {name}: each of several processes has a GPU of its own; say "
+                       "--device cuda")
     if place not in ("cpu", *places):
-        raise UsageError(f"--device {name}: no such device here; there is "
-                         f"{' and '.join(['cpu', *places])}")
+        raise BadInput(f"--device {name}: no such device here; there is "
+                       f"{' and '.join(['cpu', *places])}")
     if place != "cpu":
         torch.cuda.set_device(place)
     return torch.device(place)
@@ -1546,16 +1396,16 @@ def find_model(name: str) -> Path | None:
     if os.path.isdir(name):  # Path.is_dir raises where a name is too long.
         return Path(name)
     if os.path.exists(name) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UsageError(f"--model {name}: no such directory, or none that may be entered; pass a "
-                         "Hugging Face model directory or a hub name like owner/model")
+        raise BadInput(f"--model {name}: no such directory, or none that may be entered; pass a "
+                       "Hugging Face model directory or a hub name like owner/model")
     try:
         from huggingface_hub import snapshot_download
         texts_and_weights = ["*.json", "*.safetensors", "*.jinja"]
         return Path(snapshot_download(name, allow_patterns=texts_and_weights))
     except Exception as error:  # whatever is missing (network, model, access), the remedy is one
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"--model {name}: not a directory, and not to be had from the hub "
-                         f"({reason}); download it elsewhere and pass its directory") from None
+        raise BadInput(f"--model {name}: not a directory, and not to be had from the hub "
+                       f"({reason}); download it elsewhere and pass its directory") from None
 
 
 # ----------------------------------------------------------------------------- the questions
@@ -1565,8 +1415,8 @@ def make_task(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
     """The generated questions, or those of --train and --eval, within the limits of length."""
     last = max(*tokenizer.backend.get_vocab().values(), *tokenizer.eos_ids)
     if last >= config.vocab_size:
-        raise UsageError(f"{tokenizer.origin}: its token {last} is outside the model's vocabulary "
-                         f"of {config.vocab_size}: tokenizer and weights do not belong together")
+        raise BadInput(f"{tokenizer.origin}: its token {last} is outside the model's vocabulary "
+                       f"of {config.vocab_size}: tokenizer and weights do not belong together")
     if args.train:
         return task_of_files(tokenizer, config, args)
     task = data.arithmetic_task(args.seed, args.eval_questions, bool(args.model), args.split)
@@ -1590,8 +1440,8 @@ def task_of_files(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
     else:
         held_out = read(args.eval)
     if not train or not held_out:
-        raise UsageError(f"--split {args.split}: {' '.join(args.train)} has too few questions to "
-                         "leave some for both sides")
+        raise BadInput(f"--split {args.split}: {' '.join(args.train)} has too few questions to "
+                       "leave some for both sides")
     if shared := len({e.question for e in train} & {e.question for e in held_out}):
         print(f"Note: {shared} held-out questions are also in {' '.join(args.train)}; figures on "
               "them are not held out.")
@@ -1620,12 +1470,12 @@ def fitting(examples: list[Example], tokenizer: Tokenizer, wording: Wording, con
                        f"with {shown} and completion takes {total} tokens, over the model's "
                        f"{limit}")
             helps = ", or leave such prompts out with --skip-long" if args.train else ""
-            raise UsageError(f"{which} {problem}; change the limits{helps}")
+            raise BadInput(f"{which} {problem}; change the limits{helps}")
     if len(kept) < len(examples):
         left_out = len(examples) - len(kept)
         print(f"Left out {left_out} of {len(examples)} questions for their length.")
     if not kept:
-        raise UsageError(f"--max-prompt {args.max_prompt}: no question is left")
+        raise BadInput(f"--max-prompt {args.max_prompt}: no question is left")
     return kept
 
 
@@ -1638,132 +1488,6 @@ def teacher_length(example: Example, tokenizer: Tokenizer, wording: Wording, arg
     demo = data.stated("" if solution else example.demo, 1.0)
     prompt = tokenizer.chat(data.teacher_messages(example, wording, demo, report=1.0))
     return len(prompt) + args.max_new_tokens * solution
-
-
-# ----------------------------------------------------------------------------- what fits
-
-
-def memory_needed(config: Config, prompts: list[int], args: Args,
-                  processes: int = 1) -> dict[str, float]:
-    """Bytes that a distillation step or an evaluation will hold on the device, by purpose.
-
-    prompts: lengths of typical prompts; processes: how many share weights and prompts.
-    Fragmentation comes on top.
-    """
-    with torch.device("meta"):
-        model = Transformer(config)
-    weights, in_layers = (sum(p.numel() for p in part.parameters())
-                          for part in (model, model.model.layers))
-    computed = bytes_computed(args)
-    exact = computed == 4 or args.rounding == "nearest" or args.lora_rank > 0
-    stored = 4 if exact else 2  # bytes of a weight that is learned
-    learned, frozen = weights, 0
-    cast = 0 if stored == computed else computed * weights
-    if args.lora_rank:  # The model stays as it is computed with, and is never cast.
-        model.add_adapters(args.lora_rank, 1.0)
-        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        frozen, cast = weights, 0
-    averaged = weights - in_layers if args.teacher_device == "cpu" else learned
-    optimizer, teacher = 8 * learned, averaged * stored
-    passing = 0 if args.recompute else cast  # weights for a pass
-    copy = cast  # and to sample from
-    if processes > 1:
-        # A pass gathers embedding and head of student and teacher, the gradient and its sum over
-        # the ranks, and three layers: one computes, one comes, of one the gradient goes.
-        outside = 2 * computed if args.lora_rank else 3 * stored + 4
-        passing = outside * (weights - in_layers) + (
-            3 * computed * in_layers / config.num_hidden_layers)
-        copy, teacher = computed * weights, teacher + computed * frozen
-        learned, frozen, optimizer, teacher = (
-            spread / processes for spread in (learned, frozen, optimizer, teacher))
-
-    longest = max(prompts) + args.rollouts * args.max_new_tokens  # tokens of a prompt and its K
-    own, documents, asked = (math.ceil(items / processes) for items in (
-        args.prompts, args.sft_documents if args.sft_steps else 0, args.eval_questions))
-    step = longest * max(own, documents)  # at most
-    tokens = max(longest, min(args.micro_tokens, step))
-    layers, layer = config.num_hidden_layers, activation_bytes(
-        config, longest, args.rollouts, args.max_new_tokens, getattr(torch, args.dtype))
-    kept = layers * layer  # bytes of a token, for its gradient
-    if args.recompute:
-        kept = layers * computed * config.hidden_size + layer
-    losing = tokens * kept + 6 * 4 * LOGITS_AT_ONCE + passing
-    updating = 16 * config.vocab_size * config.hidden_size if stored == 2 else 0  # in float32
-    prefill = tokens * layer
-    rolling = sampling_bytes(config, prompts, own, args.rollouts, prefill, args) + copy
-    # Evaluating begins when teacher and optimizer have gone.
-    samples = max(args.eval_samples, args.paper_samples, args.oracle)
-    evaluating = sampling_bytes(config, prompts, asked, samples, prefill, args) + (
-        copy - teacher - optimizer)
-    return {"weights, gradient and optimizer": frozen * computed + learned * 2 * stored + optimizer,
-            "teacher": teacher,
-            "working memory": max(losing, updating / processes, rolling, evaluating)}
-
-
-def bytes_computed(args: Args) -> int:
-    """Bytes of a number where it is computed with."""
-    return 2 if args.dtype == "bfloat16" else 4
-
-
-def sampling_bytes(config: Config, prompts: list[int], questions: int, samples: int,
-                   prefill: float, args: Args) -> float:
-    """Bytes of keys and values, and of what reading the prompts or drawing a token holds.
-
-    questions, samples: how many, and completions of each; prefill: bytes of reading the prompts.
-    """
-    computed = bytes_computed(args)
-    each = max(prompts) + samples * args.max_new_tokens
-    sampled = max(each, min(SAMPLED * args.micro_tokens, questions * each))
-    cache = 2 * computed * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    rows = sampled * samples / (min(prompts) + samples * args.max_new_tokens)
-    # A row's logits are there as they are computed, in float32, and twice in float64.
-    drawing = rows * config.vocab_size * (computed + 4 + 8 + 8)
-    return sampled * cache + max(prefill, drawing)
-
-
-def memory_free(device: torch.device) -> float:
-    """Bytes that a process can still have on the device; infinite where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = dict(row.split(":") for row in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0]) / ranks.size()
-    except (OSError, KeyError, ValueError):
-        return math.inf
-
-
-def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args,
-                 device: torch.device) -> None:
-    """Says what the run needs and what there is; refuses one that cannot fit, with what helps."""
-    prompts = [teacher_length(example, tokenizer, task.wording, args)
-               for example in task.draw(64, "memory", 0)]
-    longest = max(prompts) + args.rollouts * args.max_new_tokens
-    parts = memory_needed(config, prompts, args, ranks.size())
-    free = memory_free(device)
-    needed = sum(parts.values())
-    shown = ", ".join(f"{name} {size / 2 ** 30:.1f}" for name, size in parts.items())
-    each = f" for each of {ranks.size()} processes" if ranks.size() > 1 else ""
-    print(f"Memory: about {needed / 2 ** 30:.1f} GiB needed on {device}{each} ({shown}), "
-          f"{free / 2 ** 30:.1f} free.")
-    if needed <= free:
-        return
-    remedies = {"--recompute": {"recompute": True},
-                f"--micro-tokens {longest}": {"micro_tokens": longest},
-                "--dtype bfloat16 --rounding stochastic": {"dtype": "bfloat16",
-                                                           "rounding": "stochastic"},
-                "--lora-rank 16": {"lora_rank": 16}}
-    if device.type == "cuda" and ranks.size() == 1:
-        remedies["--teacher-device cpu"] = {"teacher_device": "cpu"}
-    offers = []
-    for name, change in remedies.items():
-        changed = memory_needed(config, prompts, replace(args, **change), ranks.size())
-        offers.append((sum(changed.values()), name))
-    helps = ", ".join(f"{name} {size / 2 ** 30:.1f} GiB" for size, name in sorted(offers)
-                      if size < 0.99 * needed)
-    raise UsageError(f"{args.model or 'the embedded world'}: a step needs about "
-                     f"{needed / 2 ** 30:.1f} GiB on {device} ({shown}), and "
-                     f"{free / 2 ** 30:.1f} are free. What each of these alone would bring it to: "
-                     f"{helps or 'no flag helps, take a smaller model'}")
 
 
 # ----------------------------------------------------------------------------- main
@@ -1882,7 +1606,7 @@ def finished(out: Path, identity: dict) -> dict | None:
     try:
         everything = read_object(out / "results.json")
     except BadInput as error:
-        raise UsageError(f"{error}; --overwrite makes it again") from None
+        raise BadInput(f"{error}; --overwrite makes it again") from None
     if any(everything.get(key) != value for key, value in identity.items()):
         return None
     results = map_leaves(lambda v: math.nan if v is None else v, {
@@ -1896,7 +1620,8 @@ def run(args: Args) -> dict:
 
     A command that has been given before and is finished shows its results again.
     """
-    from show import print_tables  # here, since show.py imports this file
+    from memory import check_memory  # here, since these two import this file
+    from show import print_tables
     began, device, out = time.perf_counter(), pick_device(args.device), Path(args.out)
     args = replace(args, dtype=pick_dtype(args, device))
     if origin := find_model(args.model):

@@ -25,11 +25,12 @@ from torch import Tensor
 
 import data
 from caopd import (COLUMNS, METHODS, PAPER, VALUES, Args, Group, Method, Rollout, Target, TokenLoss,
-                   UsageError, add_references, choose_losses, confidence_distribution, eq7,
-                   eval_sampling, find_model, fitting, group_advantages, held_out_share,
-                   hidden_states, load_model, loss_masks, make_targets, make_task, mu_hat, number,
-                   pick_device, pick_dtype, rollout, rollout_sampling, seeded, title)
+                   add_references, choose_losses, confidence_distribution, eq7, eval_sampling,
+                   find_model, fitting, group_advantages, held_out_share, hidden_states, load_model,
+                   loss_masks, make_targets, make_task, mu_hat, number, pick_device, pick_dtype,
+                   rollout, rollout_sampling, seeded, title)
 from data import Example, Tokenizer, Wording
+from files import BadInput
 from model import Config, SharedPrefix, Transformer
 
 # -------------------------------------------------------------------------- the tables of a run
@@ -124,7 +125,7 @@ def diagram(results: dict) -> str:
 
 
 def run(args: Args) -> None:
-    """Serves --explain, then --ask. Raises UsageError where there is no model or no answer."""
+    """Serves --explain, then --ask. Raises BadInput where there is no model or no answer."""
     device = pick_device(args.device)
     args = replace(args, dtype=pick_dtype(args, device))
     sources = find_models(args)
@@ -133,8 +134,8 @@ def run(args: Args) -> None:
     config = Config.from_pretrained(first)
     words = knows_words(tokenizer)
     if words and not args.model:
-        raise UsageError(f"--out {args.out}: its models were made from a real one; give the flags "
-                         "of that run, --model among them")
+        raise BadInput(f"--out {args.out}: its models were made from a real one; give the flags "
+                       "of that run, --model among them")
     # The embedded world's models are asked in its own symbols, even where --model names one.
     args = replace(args, model=args.model if words else "",
                    max_new_tokens=min(args.max_new_tokens, config.max_position_embeddings // 2))
@@ -154,8 +155,8 @@ def find_models(args: Args) -> dict[str, Path]:
         if (Path(args.out) / name / "config.json").exists():  # written last: the model is complete
             found[name] = Path(args.out) / name
     if not found:
-        raise UsageError(f"--out {args.out}: there are no models in it yet; "
-                         f"`python caopd.py --out {args.out}` makes them")
+        raise BadInput(f"--out {args.out}: there are no models in it yet; "
+                       f"`python caopd.py --out {args.out}` makes them")
     return found
 
 
@@ -229,8 +230,8 @@ def ask(texts: list[str], sources: dict[str, Path], tokenizer: Tokenizer, config
     for text in texts:
         example = read_question(text, args)
         if example is None and not args.model:
-            raise UsageError(f"--ask {text.strip()!r}: the embedded world knows sums and products "
-                             "of whole numbers, such as 12+34 or 47*8")
+            raise BadInput(f"--ask {text.strip()!r}: the embedded world knows sums and products "
+                           "of whole numbers, such as 12+34 or 47*8")
         examples.append(example or Example("arithmetic", text.strip(), answer=""))
     fitting(examples, tokenizer, wording(args), config, replace(args, skip_long=False))
     columns = {}
@@ -329,8 +330,8 @@ def choose_group(text: str | None, student: Transformer, tokenizer: Tokenizer, c
     if text is not None:
         example = read_question(text, args)
         if example is None:
-            raise UsageError(f"--explain {text!r}: the algorithm has to know the answer; "
-                             "take a sum or a product such as 47*8, or a question of the files")
+            raise BadInput(f"--explain {text!r}: the algorithm has to know the answer; "
+                           "take a sum or a product such as 47*8, or a question of the files")
         examples = fitting([example], tokenizer, wording(args), config,
                            replace(args, skip_long=False))
     else:

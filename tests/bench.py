@@ -38,6 +38,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 import caopd
 import data
 from files import BadInput
+from memory import memory_free, memory_needed
 from model import Config, Transformer, generate
 from worlds import show
 
@@ -399,8 +400,8 @@ def shape(config: Config, flags: argparse.Namespace, args: caopd.Args) -> dict:
     not fit, the estimated memory alone. Bytes, seconds, and shares of what the device can do."""
     device, dtype = torch.device(flags.device), getattr(torch, flags.dtype)
     tokens = flags.prompt + K * flags.new
-    figures = {"estimated": sum(caopd.memory_needed(config, [flags.prompt], args).values())}
-    if figures["estimated"] > caopd.memory_free(device):
+    figures = {"estimated": sum(memory_needed(config, [flags.prompt], args).values())}
+    if figures["estimated"] > memory_free(device):
         return figures
     rate, bandwidth = matrix_rate(dtype, device), memory_rate(device)
     if device.type == "cuda":
@@ -448,7 +449,7 @@ PLACES = {"24 GB card": (24, 1), "H100": (79, 1), "H200": (139, 1),  # GiB of a 
 def needed(size: str, saving: str, processes: int, flags: argparse.Namespace) -> dict[str, float]:
     """GiB of a step of one prompt on each card, by purpose."""
     args = shape_args(flags, *SAVINGS[saving], "--prompts", str(processes))
-    parts = caopd.memory_needed(qwen3(size), [flags.prompt], args, processes)
+    parts = memory_needed(qwen3(size), [flags.prompt], args, processes)
     return {name: bytes / 2 ** 30 for name, bytes in parts.items()}
 
 
@@ -514,9 +515,9 @@ def command_line() -> argparse.Namespace:
 def run(flags: argparse.Namespace) -> None:
     flags.sizes = flags.sizes or (MEASURED if flags.what == "shapes" else list(QWEN3))
     if flags.what in ("peers", "law") and not flags.model:
-        raise caopd.UsageError(f"{flags.what} needs --model DIR")
+        raise BadInput(f"{flags.what} needs --model DIR")
     if flags.what == "peers" and not flags.tool and not (flags.job and flags.prompts == "short"):
-        raise caopd.UsageError("peers needs --tool FILE.jsonl")
+        raise BadInput("peers needs --tool FILE.jsonl")
     if flags.job:
         taken = JOBS[flags.job](flags)
         print(json.dumps({"seconds": statistics.median(taken),

@@ -34,11 +34,13 @@ sys.path.insert(0, str(ROOT))
 import caopd
 import data
 import model
-from caopd import Args, Stage
+from caopd import Args
 from data import Tokenizer
 from files import BadInput, fits
+from memory import memory_needed
 from model import Config, Transformer
 from mutations import Content, mutated
+from stage import Stage
 
 LIMIT = 5  # seconds of computing for a case, however busy the machine is
 ARGS = caopd.parse_args(["--eval-questions", "1"])
@@ -296,7 +298,7 @@ class Flags(Kind):
         caopd.seeded(args.seed, "rollout", 0, device)
         torch.manual_seed(args.seed)
         caopd.find_model(args.model if "/" not in args.model else "")  # never asks the hub
-        caopd.memory_needed(caopd.toy_model(args, self.tokenizer), [100], args)
+        memory_needed(caopd.toy_model(args, self.tokenizer), [100], args)
 
     def run(self, argv: list[str]) -> None:
         printed = io.StringIO()

@@ -29,8 +29,9 @@ import torch.distributed.fsdp
 import caopd
 import ranks
 from model import Transformer
+from stage import Stage
 
-SAMPLE, REFER, SAVE = caopd.rollout, caopd.add_references, caopd.Stage.save_if_due
+SAMPLE, REFER, SAVE = caopd.rollout, caopd.add_references, Stage.save_if_due
 EVALUATE = caopd.evaluate
 
 
@@ -81,7 +82,7 @@ def alike(stop: list | None):
         patch.setattr(caopd, "rollout", one_by_one)
         patch.setattr(caopd, "add_references", refer_one_by_one)
         patch.setattr(caopd, "evaluate", evaluate_alone)
-        patch.setattr(caopd.Stage, "save_if_due", save_and_stop)
+        patch.setattr(Stage, "save_if_due", save_and_stop)
         yield
 
 

@@ -29,10 +29,12 @@ import data
 import files
 import model
 import show
-from caopd import (METHODS, AdamW, Args, Group, Rollout, Sampling, Stage, Target, UsageError,
-                   accumulate_gradient, calibration, ema_update, make_targets, parse_args)
+from caopd import (METHODS, AdamW, Args, Group, Rollout, Sampling, Target, accumulate_gradient,
+                   calibration, ema_update, make_targets, parse_args)
 from files import BadInput
+from memory import memory_needed
 from model import Config, Transformer
+from stage import TROUBLE, Stage
 
 TINY = ["--width", "16", "--layers", "1", "--sft-steps", "6", "--sft-documents", "8",
         "--steps", "4", "--prompts", "4", "--rollouts", "3", "--eval-questions", "24",
@@ -365,7 +367,7 @@ def test_a_solution_states_the_value_that_the_teacher_is_told(world):
 
 @pytest.mark.parametrize("name", ["sampled", "vopd", "caopd-vopd", "grpo", "rlcr"])
 def test_estimators_from_samples_need_temperature_one(name):
-    with pytest.raises(UsageError, match="--temperature 0.7"):
+    with pytest.raises(BadInput, match="--temperature 0.7"):
         parse_args(["--method", name, "--temperature", "0.7"])
     parse_args(["--method", "opd,caopd,caopd-direct", "--temperature", "0.7"])
 
@@ -1528,7 +1530,7 @@ def test_a_stated_confidence_without_finite_logits_is_no_figure(world, monkeypat
     monkeypatch.setattr(caopd, "ask", lambda *_: sampled)
     with torch.no_grad():
         broken.model.embed_tokens.weight[seven] = math.nan
-    with pytest.raises(UsageError, match="x, evaluation: the logits after .* are not finite"):
+    with pytest.raises(BadInput, match="x, evaluation: the logits after .* are not finite"):
         caopd.evaluate(broken, tokenizer, task.held_out[:4], task.wording, Sampling(12), 0,
                        name="x")
 
@@ -1541,7 +1543,7 @@ def test_one_confidence_for_all_is_a_collapse_where_success_differs(said, right,
     rollouts = [Rollout([END], "", False, bool(r), c) for c, r in zip(said, right)]
     groups = [Group(example, [2], rollouts[:2]), Group(example, [2], rollouts[2:])]
     share = caopd.summarize(groups, [], np.zeros(2))["collapse"]
-    assert caopd.TROUBLE["collapse"][0](share) == collapsed
+    assert TROUBLE["collapse"][0](share) == collapsed
 
 
 @pytest.mark.parametrize("lr, still", [("1e-30", True), ("1e-4", False)])
@@ -1967,8 +1969,8 @@ def test_generated_questions_over_the_limit_are_always_refused(tmp_path, capsys)
 
 def test_a_run_that_cannot_fit_says_so_and_says_what_helps(tmp_path, real_model, capsys,
                                                            monkeypatch):
-    monkeypatch.setattr(caopd, "memory_free", lambda device: 2 ** 18)
-    monkeypatch.setattr(caopd, "LOGITS_AT_ONCE", 2 ** 8)
+    monkeypatch.setattr("memory.memory_free", lambda device: 2 ** 18)
+    monkeypatch.setattr("memory.LOGITS_AT_ONCE", 2 ** 8)
     out = tmp_path / "out"
     assert caopd.main(["--model", str(real_model), "--out", str(out), *REAL]) == 2
     shown = capsys.readouterr()
@@ -2013,7 +2015,7 @@ def test_the_estimate_counts_what_evaluation_samples(monkeypatch):
     monkeypatch.setattr(caopd, "LOGITS_AT_ONCE", 2 ** 8)
     args = dataclasses.replace(parse_args(TINY), dtype="float32", eval_questions=1, prompts=1)
     config = Config("qwen3", 1000, 16, 24, 1, 4, 2, 4, tie_word_embeddings=True)
-    needed = [sum(caopd.memory_needed(config, [20], dataclasses.replace(args, oracle=n)).values())
+    needed = [sum(memory_needed(config, [20], dataclasses.replace(args, oracle=n)).values())
               for n in (10_000, 20_000)]
     logits, cached = 10_000 * 1000 * (4 + 4 + 8 + 8), 10_000 * args.max_new_tokens * 2 * 4 * 2 * 4
     assert needed[1] - needed[0] == pytest.approx(logits + cached)
@@ -2024,7 +2026,7 @@ def test_adapters_are_all_that_is_held_beside_the_model():
     and average."""
     args = dataclasses.replace(parse_args([*TINY, "--lora-rank", "3"]), dtype="bfloat16")
     config = Config("qwen3", 1000, 16, 24, 1, 4, 2, 4, tie_word_embeddings=True)
-    needed = caopd.memory_needed(config, [20], args)
+    needed = memory_needed(config, [20], args)
     weights = sum(p.numel() for p in Transformer(config).parameters())
     adapters = 3 * (2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 24))
     assert needed["weights, gradient and optimizer"] == 2 * weights + (4 + 4 + 8) * adapters

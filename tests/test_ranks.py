@@ -19,6 +19,8 @@ from test_caopd import real_model  # noqa: F401 (a fixture)
 
 import caopd
 import ranks
+from files import BadInput
+from memory import memory_needed
 from model import Config, Transformer
 
 ROOT = Path(__file__).parents[1]
@@ -211,7 +213,7 @@ def pretend(monkeypatch, rank: int, size: int) -> None:
 def test_what_several_processes_refuse(monkeypatch, capsys, flags, words):
     pretend(monkeypatch, 0, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(caopd.UsageError, match=re.escape(words)):
+    with pytest.raises(BadInput, match=re.escape(words)):
         caopd.pick_device(caopd.parse_args(flags).device)
 
 
@@ -248,7 +250,7 @@ def test_eight_processes_need_an_eighth_of_the_weights_and_a_copy_to_sample_from
     args = caopd.parse_args(["--max-new-tokens", "1", "--dtype", "bfloat16", "--recompute"])
     with torch.device("meta"):
         weights = sum(w.numel() for w in Transformer(config).parameters())
-    alone, each = (caopd.memory_needed(config, [8], args, processes) for processes in (1, 8))
+    alone, each = (memory_needed(config, [8], args, processes) for processes in (1, 8))
     for name in ("weights, gradient and optimizer", "teacher"):
         assert each[name] == alone[name] / 8
     assert alone["weights, gradient and optimizer"] == 16 * weights

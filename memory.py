@@ -1,0 +1,153 @@
+"""What fits: the memory that a run will hold, told before it begins, and what would make it less.
+
+Everything is in bytes, on one device. Fragmentation comes on top.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import ranks
+from caopd import LOGITS_AT_ONCE, SAMPLED, Args, teacher_length
+from data import Task, Tokenizer
+from files import BadInput
+from model import Config, Transformer, activation_bytes
+
+
+def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args,
+                 device: torch.device) -> None:
+    """Says what the run needs and what there is; refuses one that cannot fit, with what helps."""
+    prompts = [teacher_length(example, tokenizer, task.wording, args)
+               for example in task.draw(64, "memory", 0)]
+    longest = max(prompts) + args.rollouts * args.max_new_tokens
+    parts = memory_needed(config, prompts, args, ranks.size())
+    free = memory_free(device)
+    needed = sum(parts.values())
+    shown = ", ".join(f"{name} {size / 2 ** 30:.1f}" for name, size in parts.items())
+    each = f" for each of {ranks.size()} processes" if ranks.size() > 1 else ""
+    print(f"Memory: about {needed / 2 ** 30:.1f} GiB needed on {device}{each} ({shown}), "
+          f"{free / 2 ** 30:.1f} free.")
+    if needed <= free:
+        return
+    remedies = {"--recompute": {"recompute": True},
+                f"--micro-tokens {longest}": {"micro_tokens": longest},
+                "--dtype bfloat16 --rounding stochastic": {"dtype": "bfloat16",
+                                                           "rounding": "stochastic"},
+                "--lora-rank 16": {"lora_rank": 16}}
+    if device.type == "cuda" and ranks.size() == 1:
+        remedies["--teacher-device cpu"] = {"teacher_device": "cpu"}
+    offers = []
+    for name, change in remedies.items():
+        changed = memory_needed(config, prompts, replace(args, **change), ranks.size())
+        offers.append((sum(changed.values()), name))
+    helps = ", ".join(f"{name} {size / 2 ** 30:.1f} GiB" for size, name in sorted(offers)
+                      if size < 0.99 * needed)
+    raise BadInput(f"{args.model or 'the embedded world'}: a step needs about "
+                   f"{needed / 2 ** 30:.1f} GiB on {device} ({shown}), and "
+                   f"{free / 2 ** 30:.1f} are free. What each of these alone would bring it to: "
+                   f"{helps or 'no flag helps, take a smaller model'}")
+
+
+def memory_free(device: torch.device) -> float:
+    """Bytes that a process can still have on the device; infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(row.split(":") for row in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0]) / ranks.size()
+    except (OSError, KeyError, ValueError):
+        return math.inf
+
+
+def memory_needed(config: Config, prompts: list[int], args: Args,
+                  processes: int = 1) -> dict[str, float]:
+    """Bytes that a distillation step or an evaluation will hold on the device, by purpose.
+
+    prompts: lengths of typical prompts; processes: how many share weights and prompts.
+    """
+    weights = weight_bytes(config, args, processes)
+    longest = max(prompts) + args.rollouts * args.max_new_tokens  # tokens of a prompt and its K
+    own, documents, asked = (math.ceil(items / processes) for items in (
+        args.prompts, args.sft_documents if args.sft_steps else 0, args.eval_questions))
+    tokens = max(longest, min(args.micro_tokens, longest * max(own, documents)))  # at once
+    layer = activation_bytes(config, longest, args.rollouts, args.max_new_tokens,
+                             getattr(torch, args.dtype))  # of a token
+    kept = config.num_hidden_layers * layer  # of a token, for its gradient
+    if args.recompute:
+        kept = config.num_hidden_layers * bytes_computed(args) * config.hidden_size + layer
+    losing = tokens * kept + 6 * 4 * LOGITS_AT_ONCE + weights.passing
+    rolling = weights.sampled + sampling_bytes(config, prompts, own, args.rollouts, tokens * layer,
+                                               args)
+    # Evaluating begins when teacher and optimizer have gone.
+    samples = max(args.eval_samples, args.paper_samples, args.oracle)
+    evaluating = weights.sampled - weights.teacher - weights.moments + sampling_bytes(
+        config, prompts, asked, samples, tokens * layer, args)
+    return {"weights, gradient and optimizer": weights.trained + weights.moments,
+            "teacher": weights.teacher,
+            "working memory": max(losing, weights.updating, rolling, evaluating)}
+
+
+@dataclass
+class WeightBytes:
+    """What there is of the weights on a device, in bytes."""
+
+    trained: float  # the student's, and their gradient
+    moments: float  # AdamW's
+    teacher: float
+    passing: float  # copies for a forward and backward pass
+    sampled: float  # the copy that is sampled from
+    updating: float  # of the largest matrix, while it is updated
+
+
+def weight_bytes(config: Config, args: Args, processes: int) -> WeightBytes:
+    """What the weights take on each device, where `processes` of them share the model."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    every, in_layers = (sum(p.numel() for p in part.parameters())
+                        for part in (model, model.model.layers))
+    computed = bytes_computed(args)
+    exact = computed == 4 or args.rounding == "nearest" or args.lora_rank > 0
+    stored = 4 if exact else 2  # bytes of a weight that is learned
+    learned, frozen = every, 0
+    cast = 0 if stored == computed else computed * every
+    if args.lora_rank:  # The model stays as it is computed with, and is never cast.
+        model.add_adapters(args.lora_rank, 1.0)
+        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        frozen, cast = every, 0
+    averaged = every - in_layers if args.teacher_device == "cpu" else learned
+    trained, moments = frozen * computed + learned * 2 * stored, 8 * learned
+    teacher, passing, sampled = averaged * stored, 0 if args.recompute else cast, cast
+    updating = 16 * config.vocab_size * config.hidden_size if stored == 2 else 0  # in float32
+    if processes > 1:
+        # A pass gathers embedding and head of student and teacher, the gradient and its sum over
+        # the ranks, and three layers: one computes, one comes, of one the gradient goes.
+        outside = 2 * computed if args.lora_rank else 3 * stored + 4
+        passing = outside * (every - in_layers) + (
+            3 * computed * in_layers / config.num_hidden_layers)
+        sampled, teacher = computed * every, teacher + computed * frozen
+        trained, moments, teacher, updating = (
+            spread / processes for spread in (trained, moments, teacher, updating))
+    return WeightBytes(trained, moments, teacher, passing, sampled, updating)
+
+
+def bytes_computed(args: Args) -> int:
+    """Bytes of a number where it is computed with."""
+    return 2 if args.dtype == "bfloat16" else 4
+
+
+def sampling_bytes(config: Config, prompts: list[int], questions: int, samples: int,
+                   prefill: float, args: Args) -> float:
+    """Bytes of keys and values, and of what reading the prompts or drawing a token holds.
+
+    questions, samples: how many, and completions of each; prefill: bytes of reading the prompts.
+    """
+    computed = bytes_computed(args)
+    each = max(prompts) + samples * args.max_new_tokens
+    sampled = max(each, min(SAMPLED * args.micro_tokens, questions * each))
+    cache = 2 * computed * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    rows = sampled * samples / (min(prompts) + samples * args.max_new_tokens)
+    # A row's logits are there as they are computed, in float32, and twice in float64.
+    drawing = rows * config.vocab_size * (computed + 4 + 8 + 8)
+    return sampled * cache + max(prefill, drawing)
