@@ -27,10 +27,6 @@ from files import (BadInput, an_object, from_json, parse_json, read_object, read
                    write_text)
 
 
-class DataError(BadInput):
-    """A file, an example or a tokenizer that cannot be used. The message says which, and why."""
-
-
 # ------------------------------------------------------- y = (a, c): the confidence segment c
 
 SEGMENT = re.compile(r"(?:\*\*)?confidence\*{0,2}:[ \t*]*(\S*)", re.IGNORECASE)  # bold, perhaps
@@ -407,8 +403,8 @@ class Tokenizer:
         self.special_tokens = special_tokens(config, origin)
         self.eos_ids = self.find_eos_ids()
         if not self.eos_ids:
-            raise DataError(f"{origin}: no end token; tokenizer_config.json needs an eos_token "
-                            "that is in the vocabulary")
+            raise BadInput(f"{origin}: no end token; tokenizer_config.json needs an eos_token "
+                           "that is in the vocabulary")
         self.template = compile_template(config.get("chat_template"), origin)
 
     def find_eos_ids(self) -> list[int]:
@@ -454,13 +450,13 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without any that mark its beginning or end.
 
-        Raises DataError for what the tokenizer cannot write, such as an unknown word where it has
+        Raises BadInput for what the tokenizer cannot write, such as an unknown word where it has
         no token for these.
         """
         try:
             return self.backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the tokenizers library raises nothing more specific
-            raise DataError(f"{self.origin}: {text[:60]!r} has no tokens ({error})") from None
+            raise BadInput(f"{self.origin}: {text[:60]!r} has no tokens ({error})") from None
 
     def decode(self, ids: list[int]) -> str:
         """Returns the text of token ids, without their special tokens."""
@@ -470,16 +466,16 @@ class Tokenizer:
         """Returns the token ids of a chat, up to where the assistant begins to speak.
 
         messages: dicts with "role" and "content".
-        Raises DataError where the chat template fails.
+        Raises BadInput where the chat template fails.
         """
         variables = {"tools": None, "documents": None, **self.special_tokens, **self.template_args,
                      "messages": messages, "add_generation_prompt": True}
         try:
             text = render(self.template, variables)
         except Exception as error:  # the template is foreign code and can raise anything
-            raise DataError(f"{self.origin}: the chat template failed: {error}") from None
+            raise BadInput(f"{self.origin}: the chat template failed: {error}") from None
         if not (ids := self.encode(text)):
-            raise DataError(f"{self.origin}: the chat template leaves nothing of the messages")
+            raise BadInput(f"{self.origin}: the chat template leaves nothing of the messages")
         return ids
 
 
@@ -500,10 +496,10 @@ def read_backend(directory: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the tokenizers library raises nothing more specific
-        raise DataError(f"{path}: not a readable tokenizer ({error})") from None
+        raise BadInput(f"{path}: not a readable tokenizer ({error})") from None
     ids = backend.get_vocab().values()
     if len(set(ids)) < len(ids):
-        raise DataError(f"{path}: two tokens have the same id")
+        raise BadInput(f"{path}: two tokens have the same id")
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -651,12 +647,12 @@ def compile_template(source: str | list | None, origin: str) -> jinja2.Template:
         listed = [from_json(NamedTemplate, one, f"{origin}: chat_template") for one in source]
         source = {one.name: one.template for one in listed}.get("default")
     if source is None:
-        raise DataError(f"{origin}: no chat template; pass an instruct model, "
-                        "or add chat_template.jinja")
+        raise BadInput(f"{origin}: no chat template; pass an instruct model, "
+                       "or add chat_template.jinja")
     try:
         return TemplateSandbox().compile_metered(source)
     except Exception as error:  # the template is foreign code, and compiling it can fail anyhow
-        raise DataError(f"{origin}: the chat template does not compile: {error}") from None
+        raise BadInput(f"{origin}: the chat template does not compile: {error}") from None
 
 
 # ------------------------------------------------------- tasks: where examples come from
@@ -714,8 +710,8 @@ class Row:
                   {"role": "user", "content": str(question)}]:
                 self.system, self.prompt = system, question
             case list():
-                raise DataError("`prompt` should be text, or the message of a user, which one of "
-                                "the system may precede")
+                raise BadInput("`prompt` should be text, or the message of a user, which one of "
+                               "the system may precede")
         if not isinstance(self.answer, list):
             text = str(self.answer)
             self.demo = self.demo or (text if "####" in text else "")
@@ -756,8 +752,8 @@ def load_jsonl(path: str | Path, task: str) -> list[Example]:
             examples.append(make_example(ours, task, where))
             read_as = dict.fromkeys(row) | read_as | {name: field for field, name in names.items()}
     if not examples:
-        raise DataError(f"{path}: no examples in it; each line should be a JSON object "
-                        "with `prompt` and `answer`")
+        raise BadInput(f"{path}: no examples in it; each line should be a JSON object "
+                       "with `prompt` and `answer`")
     notes = [f"`{name}` " + (f"read as `{field}`" if field else "not read")
              for name, field in read_as.items() if name != field]
     if notes:
@@ -776,8 +772,8 @@ def make_example(row: Row, task: str, where: str) -> Example:
         verified = False  # the answer has the form of another task
     if not verified:
         and_demo = ", and `demo` should give it" if row.demo else ""
-        raise DataError(f"{where}: the task {task} cannot verify the answer {row.answer!r}; "
-                        f"it should be {kind.form}{and_demo}")
+        raise BadInput(f"{where}: the task {task} cannot verify the answer {row.answer!r}; "
+                       f"it should be {kind.form}{and_demo}")
     return example
 
 
@@ -882,13 +878,13 @@ def arithmetic_task(
     split: the side of the split that is asked, and not trained on: "held-out", or "validation" to
         choose settings by. The held-out side is never trained on.
     grades, eval_grades: the grades to train on and the grades to ask. They come in turn.
-    Raises DataError for a split or a grade that there is not.
+    Raises BadInput for a split or a grade that there is not.
     """
     if split not in SPLITS:
-        raise DataError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+        raise BadInput(f"no split {split!r}; there are {', '.join(SPLITS)}")
     for names in (grades, eval_grades):
         if not names or not set(names) <= set(GRADES):
-            raise DataError(f"no grades {','.join(names)!r}; there are {', '.join(GRADES)}")
+            raise BadInput(f"no grades {','.join(names)!r}; there are {', '.join(GRADES)}")
 
     def draw(n: int, stage: str, step: int) -> list[Example]:
         sides = ("train", "validation") if split == "held-out" else ("train",)

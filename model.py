@@ -43,11 +43,7 @@ from files import BadInput, finite, from_json, read_object, replacing, within, w
 from ranks import is_sharded, whole
 
 
-class ModelError(BadInput):
-    """A model directory or a request that cannot be served; the message is for the user."""
-
-
-class NotFinite(ModelError):
+class NotFinite(BadInput):
     """Logits that hold NaN or infinity. prompt: the token ids that they come after."""
 
     def __init__(self, message: str, prompt: list[int]):
@@ -66,7 +62,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 class Config:
     """The part of config.json that the forward pass depends on, in Hugging Face's own names.
 
-    Raises ModelError for numbers that do not go together.
+    Raises BadInput for numbers that do not go together.
     """
 
     model_type: str
@@ -93,17 +89,17 @@ class Config:
         self.num_key_value_heads = self.num_key_value_heads or heads
         self.head_dim = self.head_dim or self.hidden_size // heads
         if heads % self.num_key_value_heads or self.head_dim % 2 or not self.head_dim:
-            raise ModelError(f"{heads} heads of size {self.head_dim} cannot share "
-                             f"{self.num_key_value_heads} key-value heads")
+            raise BadInput(f"{heads} heads of size {self.head_dim} cannot share "
+                           f"{self.num_key_value_heads} key-value heads")
         types = self.layer_types or []
         if self.model_type != "olmo3":
             if set(types) - {FULL}:
-                raise ModelError(f"layer_types = {types} is not supported")
+                raise BadInput(f"layer_types = {types} is not supported")
             self.sliding_window = self.layer_types = None
         elif (self.sliding_window is None or len(types) != self.num_hidden_layers
               or set(types) - {SLIDING, FULL}):
-            raise ModelError(f"olmo3 needs a sliding_window and layer_types, "
-                             f"{SLIDING!r} or {FULL!r} for each layer")
+            raise BadInput(f"olmo3 needs a sliding_window and layer_types, "
+                           f"{SLIDING!r} or {FULL!r} for each layer")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Config":
@@ -139,8 +135,8 @@ def refuse_variants(path: Path, raw: dict) -> None:
     """Refuses other families, and options of the known ones that would change the network."""
     family = raw.get("model_type")
     if family not in list(ARCHITECTURES):  # A dict would ask for the hash, which a list lacks.
-        raise ModelError(f"{path}: model family {family!r} is not supported; "
-                         f"supported are {', '.join(ARCHITECTURES)}")
+        raise BadInput(f"{path}: model family {family!r} is not supported; "
+                       f"supported are {', '.join(ARCHITECTURES)}")
     refused = {
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
         "attention_bias": raw.get("attention_bias"),
@@ -150,7 +146,7 @@ def refuse_variants(path: Path, raw: dict) -> None:
         "partial_rotary_factor": raw.get("partial_rotary_factor", 1) != 1}
     for name, value in refused.items():
         if value:
-            raise ModelError(f"{path}: {name} = {raw[name]!r} is not supported")
+            raise BadInput(f"{path}: {name} = {raw[name]!r} is not supported")
 
 
 @dataclass
@@ -178,7 +174,7 @@ class Llama3:
 
     def __post_init__(self):
         if self.low_freq_factor >= self.high_freq_factor:
-            raise ModelError("low_freq_factor should be less than high_freq_factor")
+            raise BadInput("low_freq_factor should be less than high_freq_factor")
 
 
 @dataclass
@@ -215,7 +211,7 @@ def rope_parameters(path: Path, raw: dict) -> tuple[float, dict | None]:
     unknown = rope.kind != "default" and full.keys() - scaling.keys() - names
     if (rope.kind not in {"default", *SCALINGS} or unknown or windowed.kind != "default"
             or windowed.rope_theta not in (None, theta)):
-        raise ModelError(f"{where} {given!r} is not supported; 'default', 'llama3' and 'yarn' are")
+        raise BadInput(f"{where} {given!r} is not supported; 'default', 'llama3' and 'yarn' are")
     return theta, {"rope_type": rope.kind} | scaling if scaling else None
 
 
@@ -573,8 +569,8 @@ class Transformer(nn.Module):
         for path in weight_files(directory):
             weights |= read_weights(path, expected, config.tie_word_embeddings, dtype, device)
         if missing := sorted(expected.keys() - weights.keys()):
-            raise ModelError(f"{directory}: {len(missing)} tensors are missing, "
-                             f"the first is {missing[0]}")
+            raise BadInput(f"{directory}: {len(missing)} tensors are missing, "
+                           f"the first is {missing[0]}")
         return cls.from_weights(config, weights)
 
     def merged(self) -> dict[str, Tensor]:
@@ -629,7 +625,7 @@ class Index:
 
     def __post_init__(self):
         if not all(isinstance(s, str) and s == Path(s).name for s in self.weight_map.values()):
-            raise ModelError("weight_map must map tensor names to file names in the same directory")
+            raise BadInput("weight_map must map tensor names to file names in the same directory")
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -640,8 +636,8 @@ def weight_files(directory: Path) -> list[Path]:
         files = [directory / shard for shard in sorted(set(shards.values()))]
     for path in files:
         if not os.path.isfile(path):  # Path.is_file raises where a name is too long.
-            raise ModelError(f"{directory}: {path.name} is missing; weights are read from "
-                             "safetensors files alone (pickles are never opened)")
+            raise BadInput(f"{directory}: {path.name} is missing; weights are read from "
+                           "safetensors files alone (pickles are never opened)")
     return files
 
 
@@ -661,21 +657,21 @@ def read_weights(path: Path, expected: dict[str, Tensor], tied: bool, dtype: tor
                     weights[name] = weights[name].to(dtype)
                 finite(weights[name], name, str(path))
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: not a readable safetensors file ({error})") from None
+        raise BadInput(f"{path}: not a readable safetensors file ({error})") from None
     return weights
 
 
 def check_tensor(path: Path, name: str, stored, expected: dict[str, Tensor]) -> None:
     """Refuses a tensor (`stored` is safetensors' slice of it) that the network does not have."""
     if name not in expected:
-        raise ModelError(f"{path}: unexpected tensor {name}; "
-                         "config.json describes a network without it")
+        raise BadInput(f"{path}: unexpected tensor {name}; "
+                       "config.json describes a network without it")
     if list(stored.get_shape()) != list(expected[name].shape):
-        raise ModelError(f"{path}: tensor {name} has shape {list(stored.get_shape())}, "
-                         f"config.json asks for {list(expected[name].shape)}")
+        raise BadInput(f"{path}: tensor {name} has shape {list(stored.get_shape())}, "
+                       f"config.json asks for {list(expected[name].shape)}")
     if stored.get_dtype() not in ("F32", "F16", "BF16"):
-        raise ModelError(f"{path}: tensor {name} is stored as {stored.get_dtype()}; "
-                         "only F32, F16 and BF16 are read")
+        raise BadInput(f"{path}: tensor {name} is stored as {stored.get_dtype()}; "
+                       "only F32, F16 and BF16 are read")
 
 
 # ------------------------------------------------------------------------------ who sees whom
@@ -1006,20 +1002,20 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
 def check_request(vocabulary: int, prompts: list[list[int]], max_new_tokens: int,
                   temperature: float, top_k: int, top_p: float,
                   eos_ids: list[int] | tuple[int, ...], num_samples: int) -> None:
-    """Raises ModelError for arguments of `generate` that make no sense."""
+    """Raises BadInput for arguments of `generate` that make no sense."""
     if not prompts or not all(prompts):
-        raise ModelError("generate: every prompt needs at least one token")
+        raise BadInput("generate: every prompt needs at least one token")
     if (max_new_tokens < 1 or num_samples < 1 or not temperature >= 0 or top_k < 0
             or not 0 < top_p <= 1):
-        raise ModelError(f"generate: out of range: max_new_tokens={max_new_tokens}, "
-                         f"num_samples={num_samples}, temperature={temperature}, "
-                         f"top_k={top_k}, top_p={top_p}")
+        raise BadInput(f"generate: out of range: max_new_tokens={max_new_tokens}, "
+                       f"num_samples={num_samples}, temperature={temperature}, "
+                       f"top_k={top_k}, top_p={top_p}")
     named = [(f"prompt {i}", ids) for i, ids in enumerate(prompts)] + [("eos_ids", eos_ids)]
     for name, ids in named:
         for token in ids:
             if not 0 <= token < vocabulary:
-                raise ModelError(f"generate: {name} holds token id {token}, which is outside the "
-                                 f"vocabulary of {vocabulary}")
+                raise BadInput(f"generate: {name} holds token id {token}, which is outside the "
+                               f"vocabulary of {vocabulary}")
 
 
 def prefill(model: Transformer, prompts: list[list[int]], samples: int,
@@ -1044,7 +1040,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
     completion; generator: on the model's device, None uses torch's global one.
     Returns len(prompts) * num_samples lists of ids, the samples of a prompt together, without the
     prompt, with the end token where one was sampled (others were cut off at max_new_tokens).
-    Raises ModelError for arguments that make no sense, NotFinite for logits that are not finite.
+    Raises BadInput for arguments that make no sense, NotFinite for logits that are not finite.
     """
     check_request(model.config.vocab_size, prompts, max_new_tokens, temperature, top_k, top_p,
                   eos_ids, num_samples)

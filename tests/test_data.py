@@ -13,8 +13,8 @@ import tokenizers
 
 import data
 import files
-from data import (DataError, Example, KINDS, Tokenizer, load_jsonl, parse_confidence,
-                  replace_confidence, split_completion, toy_tokenizer, verify)
+from data import (Example, KINDS, Tokenizer, load_jsonl, parse_confidence, replace_confidence,
+                  split_completion, toy_tokenizer, verify)
 from files import BadInput
 
 
@@ -392,7 +392,7 @@ def test_templates_have_what_they_need(tmp_path):
     ("{{ joiner() }}", "template failed: 'joiner' is undefined")])
 def test_templates_render_in_a_sandbox(tmp_path, template, words):
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template))
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(BadInput, match=words):
         tokenizer.chat(ASK)
 
 
@@ -417,7 +417,7 @@ def test_refuses_bad_templates(tmp_path, config, words):
 def test_refuses_a_word_that_has_no_token(tmp_path):
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0}))
     tokenizer = Tokenizer(backend, {"eos_token": "<eos>", "chat_template": "x"}, {})
-    with pytest.raises(DataError, match="'x' has no tokens"):
+    with pytest.raises(BadInput, match="'x' has no tokens"):
         tokenizer.chat(ASK)
 
 
@@ -484,7 +484,7 @@ def test_refuses_a_tokenizer_without_an_end_token(tmp_path):
         with pytest.raises(BadInput, match="`eos_token_id` should be|NaN"):
             Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
-    with pytest.raises(DataError, match="no end token"):
+    with pytest.raises(BadInput, match="no end token"):
         Tokenizer.from_pretrained(tmp_path)
 
 
@@ -745,7 +745,7 @@ def test_the_grades_to_train_on_and_to_ask():
     assert [e.grade for step in (0, 1) for e in task.draw(3, "base", step)] == 3 * ["1+1", "2*1"]
     assert [e.grade for e in task.held_out] == 4 * ["3*2"]
     for wrong in (dict(grades=("9+9",)), dict(eval_grades=()), dict(split="train")):
-        with pytest.raises(DataError, match="no (grades|split) .*; there are "):
+        with pytest.raises(BadInput, match="no (grades|split) .*; there are "):
             data.arithmetic_task(0, 4, words=False, **wrong)
 
 

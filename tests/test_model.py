@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from files import BadInput
-from model import (Config, Decoder, KVCache, ModelError, SharedPrefix, Transformer,
-                   activation_bytes, generate, sample)
+from model import (Config, Decoder, KVCache, SharedPrefix, Transformer, activation_bytes, generate,
+                   sample)
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("llama", "llama3", "qwen2", "qwen3", "olmo3")
@@ -350,7 +350,7 @@ def test_end_tokens_order_and_reproducibility():
     dict(temperature=-1.0), dict(temperature=float("nan")), dict(top_p=0.0), dict(top_p=1.5),
     dict(top_k=-1)])
 def test_sampler_refuses_nonsense(change):
-    with pytest.raises(ModelError, match="generate"):
+    with pytest.raises(BadInput, match="generate"):
         generate(tiny(), **{"prompts": [[1]], "max_new_tokens": 3} | change)
 
 
@@ -360,7 +360,7 @@ def test_sampler_refuses_nonsense(change):
     (dict(eos_ids=[2, 11]), "eos_ids holds token id 11"),
     (dict(eos_ids=(-1,)), "eos_ids holds token id -1")])
 def test_sampler_refuses_tokens_outside_the_vocabulary(change, words):
-    with pytest.raises(ModelError, match=words + ", which is outside the vocabulary of 11"):
+    with pytest.raises(BadInput, match=words + ", which is outside the vocabulary of 11"):
         generate(tiny(), **{"prompts": [[1]], "max_new_tokens": 3} | change)
 
 
@@ -378,7 +378,7 @@ def test_logits_that_are_not_finite_are_refused(temperature, value, call, monkey
         return logits
 
     monkeypatch.setattr(Transformer, "logits", breaking)
-    with pytest.raises(ModelError, match="logits of prompt 1 are not finite"):
+    with pytest.raises(BadInput, match="logits of prompt 1 are not finite"):
         generate(model, [[1, 2], [3]], 6, temperature, num_samples=3)
 
 

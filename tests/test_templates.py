@@ -15,6 +15,7 @@ import pytest
 
 import data
 from data import Tokenizer
+from files import BadInput
 from make_templates import CHATS, TEMPLATES, TODAY, cases, write_tokenizer
 
 EXPECTED = {}  # of a template: chat, arguments, text
@@ -69,7 +70,7 @@ def test_a_template_gives_the_tokens_of_the_reference_library(tmp_path, path):
             expected = reference.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=False, **arguments)
         except jinja2.TemplateError:  # some refuse a system message in the middle
-            with pytest.raises(data.DataError, match="the chat template failed"):
+            with pytest.raises(BadInput, match="the chat template failed"):
                 tokenizer.chat(messages)
         else:
             assert tokenizer.chat(messages) == expected
