@@ -996,13 +996,12 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
              paper_samples: int = 0, name: str = "") -> dict:
     """Asks every example `samples` times, as in deployment.
 
-    Returns the metrics of `calibration` with their standard errors (stderr), how many questions
-    were asked, the share of truncated answers, by_grade, reliability bins, and the same metrics
-    under readouts: of the confidence as it was stated, of the likeliest one after the sampled
-    answer (greedy), and of its mean (expected). With oracle_samples, `oracle` has what the best
-    prompt-level confidence would score; with paper_samples, `paper` has the metrics of so many
-    answers a question sampled as the paper does. Ranks share the sampling; each of them computes
-    the distribution of the confidence after all answers.
+    Returns `every_readout` of the answers, with standard errors of what is stated (stderr), how
+    many questions were asked, the share of truncated answers, reliability bins, and under by_grade
+    `every_readout` of each grade. oracle_samples: how many further answers estimate μ(x), or 0.
+    With paper_samples, `paper` has the metrics of so many answers a question sampled as the paper
+    does. Ranks share the sampling; each of them computes the distribution of the confidence after
+    all answers.
     """
     model = model.for_inference()
     generator = seeded(seed, "evaluation", 1, model.device)
@@ -1010,22 +1009,19 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     confidence, correct = stated_and_correct(groups)
     with finite_logits(f"{name}, evaluation", tokenizer):
         p = confidence_distribution(model, tokenizer, groups, sampling.micro_tokens)
-    c, r, grades = confidence.ravel(), correct.ravel(), np.repeat(
-        [group.example.grade for group in groups], samples)
-    stated = calibration(c, r)
-    figures = stated | {
-        "questions": len(groups), "stderr": bootstrap(confidence, correct),
-        "truncated": fmean(rollout.truncated for group in groups for rollout in group.rollouts),
-        "by_grade": {str(grade): calibration(c[grades == grade], r[grades == grade])
-                     for grade in dict.fromkeys(grades)},
-        "reliability": reliability(c, r),
-        "readouts": {"stated": stated, "greedy": calibration(VALUES[p.argmax(1)], r),
-                     "expected": calibration((p @ VALUES).clip(0, 1), r)}}
+    columns = [confidence.ravel(), correct.ravel(), p]
     if oracle_samples:
         generator = seeded(seed, "evaluation", oracle_samples, model.device)
         others = ask(model, tokenizer, examples, wording, oracle_samples, sampling, generator, name)
-        mu = np.repeat([mu_hat(group)[0] for group in others], samples)
-        figures["oracle"] = oracle(mu, r, oracle_samples)
+        columns.append(np.repeat([mu_hat(group)[0] for group in others], samples))
+    grades = np.repeat([str(group.example.grade) for group in groups], samples)
+    figures = every_readout(*columns, samples=oracle_samples) | {
+        "questions": len(groups), "stderr": bootstrap(confidence, correct),
+        "truncated": fmean(rollout.truncated for group in groups for rollout in group.rollouts),
+        "reliability": reliability(*columns[:2]),
+        "by_grade": {grade: every_readout(*(x[grades == grade] for x in columns),
+                                          samples=oracle_samples)
+                     for grade in dict.fromkeys(grades.tolist())}}
     if paper_samples:
         generator, sampling = seeded(seed, "paper", 1, model.device), replace(sampling, **PAPER)
         groups = ask(model, tokenizer, examples, wording, paper_samples, sampling, generator, name)
@@ -1033,6 +1029,22 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
         figures["paper"] = calibration(confidence.ravel(), correct.ravel()) | {
             "stderr": bootstrap(confidence, correct)}
     return figures
+
+
+def every_readout(confidence: np.ndarray, correct: np.ndarray, p: np.ndarray,
+                  mu: np.ndarray | None = None, samples: int = 0) -> dict:
+    """The metrics of the confidence as it was stated, and under `readouts` also of the likeliest
+    one after the sampled answer (greedy) and of its mean (expected).
+
+    confidence, correct: [N]; p: the distribution over VALUES after each answer, [N, 101]; mu: μ̂(x)
+    of each answer's question, [N], from `samples` other answers. With it `oracle` has what the best
+    prompt-level confidence would score.
+    """
+    stated = calibration(confidence, correct)
+    figures = stated | {"readouts": {
+        "stated": stated, "greedy": calibration(VALUES[p.argmax(1)], correct),
+        "expected": calibration((p @ VALUES).clip(0, 1), correct)}}
+    return figures if mu is None else figures | {"oracle": oracle(mu, correct, samples)}
 
 
 def oracle(mu: np.ndarray, correct: np.ndarray, samples: int) -> dict:

@@ -1212,6 +1212,8 @@ def test_the_papers_way_and_the_oracle_sample_as_they_say(world, monkeypatch):
     plain = caopd.evaluate(student, tokenizer, task.held_out, task.wording, Sampling(16, 0.9, 0.8),
                            0, 2)
     assert figures.keys() - plain.keys() == {"oracle", "paper"}
+    for its in figures["by_grade"].values():
+        assert its.pop("oracle").keys() >= set(FIGURES)
     assert caopd.to_json(plain) == caopd.to_json({key: figures[key] for key in plain})
 
 
@@ -1298,7 +1300,8 @@ def test_what_results_json_holds(small_run):
                         *row["readouts"].values()):
             assert figures.keys() >= set(FIGURES)
         whole = {key: row[key] for key in FIGURES}
-        assert grade == row["readouts"]["stated"] == whole and 0 < row["accuracy"] < 1
+        assert row["readouts"]["stated"] == whole and 0 < row["accuracy"] < 1
+        assert grade == whole | {"readouts": row["readouts"], "oracle": row["oracle"]}
         assert row["oracle"]["accuracy"] == row["accuracy"]
         assert 0 <= row["oracle"]["brier"] <= 0.25 * 2
         assert 0 < row["stderr"]["accuracy"] < 0.1
