@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, variance
 
 from torch import Tensor
 from tqdm import tqdm
@@ -34,15 +35,20 @@ TROUBLE = {  # by a figure of a step: when it tells of trouble, and what to say 
     "copied": (lambda share: share < 0.95, "for over 5 % of the tokens that state a replaced "
                "confidence the teacher prefers another token, and teaches that; a base learns to "
                "copy by more --sft-steps, a teacher that stays does not forget it (--teacher-rate "
-               "0), and --method caopd-direct learns the confidence without a teacher")}
+               "0), and --method caopd-direct learns the confidence without a teacher"),
+    "fallen": (lambda errors: errors > 3, "the completions of the last 20 updates are right less "
+               "often than those of the first 20, by over three standard errors; the student may "
+               "be coming apart, which a lower --lr or more --prompts a step can prevent")}
+WINDOW = 20  # updates at the start and at the end of a run that are compared
 
 
 @dataclass
 class Logged:
-    """What every line of metrics.jsonl and of samples.jsonl has."""
+    """What is read back from a line of metrics.jsonl or samples.jsonl."""
 
     stage: str
     step: int = within(0, 2 ** 63)
+    accuracy: float | None = within(0, 1, default=None)  # of the step's rollouts
 
 
 LOOK_EVERY = 120  # seconds from one time that samples are shown to the next
@@ -60,6 +66,7 @@ class Stage:
         self.name, self.save_every = name, save_every
         self.metrics, self.samples = out / "metrics.jsonl", out / "samples.jsonl"
         self.tracker, self.next_look, self.warned = None, 0.0, set()
+        self.accuracies = []  # of the rollouts of every update so far
         if ranks.first():
             (out / name).mkdir(parents=True, exist_ok=True)
         if track and ranks.first():
@@ -125,6 +132,10 @@ class Stage:
         """Says what is wrong with a step's figures, each thing once."""
         if step + 1 == self.start + 5:
             row["moved"] = (self.watched != self.at_start).float().mean().item()
+        if "accuracy" in row:
+            self.accuracies.append(row["accuracy"])
+        if len(self.accuracies) >= 2 * WINDOW:
+            row["fallen"] = fall(self.accuracies[:WINDOW], self.accuracies[-WINDOW:])
         for key, (wrong, words) in TROUBLE.items():
             if key in row and key not in self.warned and wrong(row[key]):
                 self.warned.add(key)
@@ -145,7 +156,8 @@ class Stage:
             self.checkpoint.save(step + 1)
 
     def drop_rows_from(self, step: int) -> None:
-        """Takes this stage's rows from `step` on out of both logs: they are made again."""
+        """Takes this stage's rows from `step` on out of both logs: they are made again. The accuracy
+        of those that stay is kept in mind."""
         for path in (self.metrics, self.samples):
             kept = []
             for number, line in enumerate(read_text(path, absent="").splitlines(True), 1):
@@ -154,4 +166,12 @@ class Stage:
                     row = from_json(Logged, parse_json(line, where), where)
                     if row.stage != self.name or row.step < step:
                         kept.append(line)
+                        if row.stage == self.name and row.accuracy is not None:
+                            self.accuracies.append(row.accuracy)
             write_text(path, "".join(kept))
+
+
+def fall(before: list[float], after: list[float]) -> float:
+    """How many standard errors the second mean lies below the first one; 0 where none varies."""
+    error = math.sqrt(variance(before) / len(before) + variance(after) / len(after))
+    return (fmean(before) - fmean(after)) / error if error else 0.0

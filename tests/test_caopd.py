@@ -1557,6 +1557,27 @@ def test_updates_that_never_move_a_weight_are_told_once(tmp_path, capsys, lr, st
     assert said.count("caopd, step 4: no update has moved a weight so far; raise --lr") == still
 
 
+@pytest.mark.parametrize("later, resumed, warned", [
+    (0.3, False, True), (0.3, True, True), (0.47, False, False), (0.7, False, False)])
+def test_an_accuracy_that_falls_is_told_once(tmp_path, capsys, later, resumed, warned):
+    """At the 40th update there are 20 to compare with the first 20, before it never."""
+    def stage():
+        return Stage("opd", tmp_path, {}, AdamW(tiny_model(), 0.0, 1.0).tensors(), 1)
+    row, running = {"loss": 1.0, "grad_norm": 1.0}, stage()
+    for step in running.steps(60):
+        running.log(step, row | {"accuracy": (0.5 if step < 20 else later) + step % 2 * 0.1})
+        running.save_if_due(step)
+        if resumed and step == 25:
+            break
+    if resumed:
+        running = stage()
+        assert running.start == 26
+        for step in running.steps(60):
+            running.log(step, row | {"accuracy": later + step % 2 * 0.1})
+    told = re.findall(r"opd, step (\d+): the completions of the last 20", capsys.readouterr().out)
+    assert len(told) == warned and all(int(step) == 39 for step in told)
+
+
 def test_a_checkpoint_of_other_settings_is_not_taken(tmp_path):
     args = dataclasses.replace(parse_args([*TINY, "--out", str(tmp_path)]), dtype="float32")
     task = data.arithmetic_task(0, 4, words=False)
