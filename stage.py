@@ -156,8 +156,8 @@ class Stage:
             self.checkpoint.save(step + 1)
 
     def drop_rows_from(self, step: int) -> None:
-        """Takes this stage's rows from `step` on out of both logs: they are made again. The accuracy
-        of those that stay is kept in mind."""
+        """Takes this stage's rows from `step` on out of both logs, since they are made again, and
+        recalls the accuracies of those that stay."""
         for path in (self.metrics, self.samples):
             kept = []
             for number, line in enumerate(read_text(path, absent="").splitlines(True), 1):
