@@ -1462,6 +1462,8 @@ def test_a_run_goes_on_under_flags_that_decide_nothing(tmp_path, whole_runs, cap
     results = run(tmp_path, *CUT, "--dtype", "float32", *changed)
     assert "Going on from step 2" in capsys.readouterr().out
     for name in ("base", "opd", "caopd"):
+        for grade in results[name]["by_grade"].values():
+            grade.pop("oracle", None)  # --oracle adds figures and changes none
         assert {key: results[name][key] for key in expected[name]} == expected[name]
         pairs = zip(weights(whole / name), weights(tmp_path / name))
         assert all(torch.equal(a, b) for a, b in pairs), name
