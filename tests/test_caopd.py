@@ -2038,7 +2038,7 @@ def test_bfloat16_is_picked_only_where_the_gpu_multiplies_it(monkeypatch, native
 
 def test_the_estimate_counts_what_evaluation_samples(monkeypatch):
     """By hand: logits of all answers to the only question, and its keys and values."""
-    monkeypatch.setattr(caopd, "LOGITS_AT_ONCE", 2 ** 8)
+    monkeypatch.setattr("memory.LOGITS_AT_ONCE", 2 ** 8)
     args = dataclasses.replace(parse_args(TINY), dtype="float32", eval_questions=1, prompts=1)
     config = Config("qwen3", 1000, 16, 24, 1, 4, 2, 4, tie_word_embeddings=True)
     needed = [sum(memory_needed(config, [20], dataclasses.replace(args, oracle=n)).values())
