@@ -19,6 +19,8 @@ from files import (BadInput, Checkpoint, from_json, parse_json, read_text, to_js
 REMEDY = ("try a lower learning rate (--lr, --sft-lr), a lower --clip or --dtype float32, or "
           "another --model; the last checkpoint is as it was")
 
+WINDOW = 20  # updates at the start of a run, and the last ones, whose accuracy is compared
+
 TROUBLE = {  # by a figure of a step: when it tells of trouble, and what to say then
     "format": (lambda share: share < 0.5, "over half of the completions state no confidence; a "
                "teacher that drifts does that (--teacher-rate 0), and so does a model that never "
@@ -36,10 +38,10 @@ TROUBLE = {  # by a figure of a step: when it tells of trouble, and what to say 
                "confidence the teacher prefers another token, and teaches that; a base learns to "
                "copy by more --sft-steps, a teacher that stays does not forget it (--teacher-rate "
                "0), and --method caopd-direct learns the confidence without a teacher"),
-    "fallen": (lambda errors: errors > 3, "the completions of the last 20 updates are right less "
-               "often than those of the first 20, by over three standard errors; the student may "
-               "be coming apart, which a lower --lr or more --prompts a step can prevent")}
-WINDOW = 20  # updates at the start and at the end of a run that are compared
+    "fallen": (lambda errors: errors > 3, f"the completions of the last {WINDOW} updates are right "
+               f"less often than those of the first {WINDOW}, by over three standard errors; the "
+               "student may be coming apart, which a lower --lr or more --prompts a step can "
+               "prevent")}
 
 
 @dataclass
