@@ -1,8 +1,9 @@
 """CaOPD: on-policy distillation that stays honest about what it knows (arXiv 2604.16830).
 
 On-policy distillation (OPD) scores a student's own completions token by token with a teacher: the
-same network, shown privileged context z. Its certainty rests on z, and the student learns it too.
-Algorithm 1 repairs that with one change, step 3, and the order of this file is its order:
+same network, shown privileged context z. The teacher is sure because it has seen z. The student,
+which sees no z once it is deployed, learns the same certainty. Algorithm 1 repairs that with one
+change, step 3, and the order of this file is its order:
 
     1. rollout                 sample K completions y = (a, c) of each prompt x, and verify them:
                                a is the answer, c the confidence that the completion states
@@ -12,10 +13,10 @@ Algorithm 1 repairs that with one change, step 3, and the order of this file is 
                                KL(teacher || student) at those of a replaced confidence)
 
 METHODS, after step 4, says in a row what tells one method from another: OPD is the same without
-step 3, GRPO has a reward in place of a teacher. `train` is the loop. Behind it stand the optimizer,
-the supervised stage that makes the base model, evaluation, the command line and main; logs and
-checkpoints are in stage.py. There is one update for each batch, by one process on one device, or by
-several that share its prompts (ranks.py).
+step 3, GRPO has a reward in place of a teacher. `train` is the loop, and a first reading ends with
+it. Behind it stand the teacher, the supervised stage that makes the base model, evaluation, the
+command line and main; AdamW is in optim.py, logs and checkpoints are in stage.py. There is one
+update per batch, by one process on one device, or by several that share its prompts (ranks.py).
 
     python caopd.py                                   the embedded world, from nothing to the table
     python caopd.py --model DIR --task arithmetic     the same on a real model
@@ -47,7 +48,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 import data
@@ -56,12 +56,10 @@ from data import Example, Task, Tokenizer, Wording
 from files import (BadInput, Unbroken, claimed, fingerprint, map_leaves, parse_json, read_object,
                    read_text, to_json, write_text)
 from model import Config, NotFinite, SharedPrefix, Transformer, generate
+from optim import AdamW, store, warmup_cosine, warmup_stable_decay
 from stage import REMEDY, Stage
 
 # ------------------------------------------------------------------- Algorithm 1, step 1: rollout
-
-
-SAMPLED = 4  # Sampling keeps only keys and values, and takes 4 times --micro-tokens at once.
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,8 @@ def rollout(student: Transformer, tokenizer: Tokenizer, examples: list[Example],
             num_rollouts: int, sampling: Sampling, generator: torch.Generator) -> list[Group]:
     """Step 1 of Algorithm 1: samples completions y_k ~ π_θ(·|x) of each prompt and verifies them.
 
-    Returns a Group an example, in order, each with `num_rollouts` rollouts. The one check R(x, a)
-    is `data.verify`; a truncated completion counts as wrong.
+    Returns one Group per example, in their order, each with `num_rollouts` rollouts. The one check
+    R(x, a) is `data.verify`; a truncated completion counts as wrong.
     """
     prompts = [tokenizer.chat(data.student_messages(example, wording)) for example in examples]
     sampled = sample_completions(student, tokenizer, prompts, num_rollouts, sampling, generator)
@@ -130,25 +128,12 @@ def sample_completions(model: Transformer, tokenizer: Tokenizer, prompts: list[l
     return completions
 
 
-def micro_batches(costs: list[int], budget: int) -> list[list[int]]:
-    """Cuts items, in order, into runs of indices that cost at most `budget` (or hold one item)."""
-    batches, room = [], -1
-    for i, cost in enumerate(costs):
-        if cost > room:
-            batches.append([])
-            room = budget
-        batches[-1].append(i)
-        room -= cost
-    return batches
-
-
 # ------------------------------------------------------------------ step 2: empirical confidence
 
 
-def mu_hat(group: Group) -> list[float]:
-    """μ̂(x) = (1/K) Σ_k R(x, a_k), the same for each of the K rollouts (Algorithm 1)."""
-    correct = [rollout.correct for rollout in group.rollouts]
-    return [sum(correct) / len(correct)] * len(correct)
+def mu_hat(group: Group) -> float:
+    """μ̂(x) = (1/K) Σ_k R(x, a_k) (Eq. 6)."""
+    return fmean(rollout.correct for rollout in group.rollouts)
 
 
 def leave_one_out(group: Group) -> list[float]:
@@ -161,29 +146,38 @@ def leave_one_out(group: Group) -> list[float]:
     return [(sum(correct) - own) / (len(correct) - 1) for own in correct]
 
 
-def self_consistency(group: Group) -> list[float]:
+def self_consistency(group: Group) -> float:
     """μ̂ without a verifier (B.6): the share of rollouts that agree with the teacher's own answer.
 
     A reference that gives no answer, or was cut off, agrees with none.
     """
     reference = data.extract(group.example, group.reference)
-    agree = [reference is not None and not rollout.truncated
-             and data.extract(group.example, rollout.text) == reference
-             for rollout in group.rollouts]
-    return [sum(agree) / len(agree)] * len(agree)
+    return fmean(reference is not None and not rollout.truncated
+                 and data.extract(group.example, rollout.text) == reference
+                 for rollout in group.rollouts)
 
 
 def add_references(groups: list[Group], teacher: Transformer, tokenizer: Tokenizer,
                    wording: Wording, sampling: Sampling, generator: torch.Generator) -> None:
     """a_ref ~ π_T(·|x, z): one completion of the teacher for each prompt (B.6)."""
     prompts = [tokenizer.chat(data.teacher_messages(
-        group.example, wording, data.stated(group.example.demo, 1.0))) for group in groups]
+        group.example, wording, data.with_confidence(group.example.demo, 1.0))) for group in groups]
     sampled = sample_completions(teacher, tokenizer, prompts, 1, sampling, generator)
     for group, (ids,) in zip(groups, sampled):
         group.reference = tokenizer.decode(ids) if ids[-1] in tokenizer.eos_ids else ""
 
 
 # -------------------------------------------------------------------- step 3: target replacement
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What is learned of a rollout: y, or ỹ where the confidence was replaced."""
+
+    ids: tuple[int, ...]
+    answer_length: int  # ids[:n] is I_a, ids[n:] is I_c
+    truncated: bool = False  # then it has no I_c
+    advantage: float = 0.0  # for the policy gradient
 
 
 @dataclass
@@ -196,56 +190,55 @@ class Target:
 
     prompt: list[int]
     teacher_prompt: list[int]  # empty for a method without a teacher
-    completions: list[list[int]]  # y, or ỹ where the confidence was replaced, all different
-    counts: list[int]  # how many rollouts each stands for
-    answer_lengths: list[int]  # completion[:n] is I_a, completion[n:] is I_c
-    truncated: list[bool]  # these have no I_c
-    advantages: list[float]  # one a completion, for the policy gradient
+    completions: dict[Completion, int]  # and how many rollouts each of them stands for
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        return [list(y.ids) for y in self.completions]
 
     @property
     def num_tokens(self) -> int:
         longest = max(len(self.prompt), len(self.teacher_prompt))
-        return longest + sum(map(len, self.completions))
+        return longest + sum(map(len, self.sequences))
 
 
 REPLACEMENTS = "completion", "demonstration", "instruction"
 
 
-def make_targets(group: Group, confidences: list[float] | None, advantages: list[float],
+def make_targets(group: Group, confidence: float | list[float] | None, advantages: list[float],
                  tokenizer: Tokenizer, wording: Wording, context: str | None,
                  places: Collection[str] = REPLACEMENTS) -> list[Target]:
     """Step 3 of Algorithm 1: ỹ = (a, μ̂) for the student, and z̃, which states μ̂, for the teacher.
 
-    confidences: a value for each rollout, or None, which leaves completions as they were sampled
-    (OPD). A truncated completion has no c to replace and stays as it is.
-    advantages: one a rollout, for the policy gradient; zeros for a method without a reward.
+    confidence: μ̂, or a value for each rollout, or None, which leaves completions as they were
+    sampled (OPD). A truncated completion has no c to replace and stays as it is.
+    advantages: one for each rollout, for the policy gradient; zeros for a method without a reward.
     context: "demo", "solution", or None for a method without a teacher.
     places: where μ̂ is stated, of REPLACEMENTS: in the completion, in the demonstration that z
     shows, in z's instruction. The paper does all three.
     Returns a Target for each context that the group's rollouts are scored with. A rollout without
     one (`solution` finds no other correct rollout) is left out.
     """
-    scored = []  # of each rollout: ids, how many of them are I_a, truncated, advantage
-    for k, (rollout, advantage) in enumerate(zip(group.rollouts, advantages)):
-        if confidences is None or rollout.truncated or "completion" not in places:
+    values = confidence if isinstance(confidence, list) else [confidence] * len(group.rollouts)
+    completions = []
+    for rollout, value, advantage in zip(group.rollouts, values, advantages):
+        if value is None or rollout.truncated or "completion" not in places:
             ids, n = rollout.ids, data.split_completion(tokenizer, rollout.ids)[0]
         else:
-            ids, n = data.replace_confidence(tokenizer, rollout.ids, confidences[k])
-        scored.append((tuple(ids), n, rollout.truncated, advantage))
+            ids, n = data.replace_confidence(tokenizer, rollout.ids, value)
+        completions.append(Completion(tuple(ids), n, rollout.truncated, advantage))
 
-    # A context serves several rollouts, and states the mean of all K values: of μ̂, and of the
-    # leave-one-out values, too, that is μ̂.
-    told = None if confidences is None else fmean(confidences)
+    # One context serves several rollouts and can state one value alone: the mean of theirs, which
+    # is μ̂ for the leave-one-out values, too.
+    told = None if confidence is None else fmean(values)
     shown = told if "demonstration" in places else None
     instructed = told if "instruction" in places else None
     targets = []
     for demo, readers in demonstrations(group, context, shown, tokenizer):
         teacher_prompt = [] if demo is None else tokenizer.chat(
             data.teacher_messages(group.example, wording, demo, report=instructed))
-        counts = Counter(scored[k] for k in readers)
-        completions, lengths, truncated, their_advantages = map(list, zip(*counts))
-        targets.append(Target(group.prompt, teacher_prompt, [list(ids) for ids in completions],
-                              list(counts.values()), lengths, truncated, their_advantages))
+        targets.append(Target(group.prompt, teacher_prompt,
+                              Counter(completions[k] for k in readers)))
     return targets
 
 
@@ -254,14 +247,15 @@ def demonstrations(group: Group, context: str | None, shown: float | None,
     """Pairs of a text that z demonstrates, and the rollouts (indices) whose teacher reads it.
 
     The text is None for a method without a teacher.
-    shown: the confidence to state in it, or None, which leaves it sure of itself, as the paper's
-    demonstrations are, or, in a solution, as it was sampled.
+    shown: the confidence to state in it. None states 1.00 in a demonstration, as the paper's are
+    sure of themselves, and leaves a solution's confidence as it was sampled.
     """
     everyone = range(len(group.rollouts))
     if context is None:
         return [(None, everyone)]
     if context == "demo":
-        return [(data.stated(group.example.demo, 1.0 if shown is None else shown), everyone)]
+        shown = 1.0 if shown is None else shown
+        return [(data.with_confidence(group.example.demo, shown), everyone)]
     found = []
     for k, readers in solutions(group):
         solution = group.rollouts[k]
@@ -285,6 +279,185 @@ def solutions(group: Group) -> list[tuple[int, list[int]]]:
     if len(right) > 1:
         found.append((right[1], [right[0]]))
     return found
+
+
+# --------------------------------------------------------------------- step 4: distillation loss
+
+# A token loss takes student logits [M, V], teacher logits [M, V], token ids [M] and advantages [M],
+# and gives a loss for each token, [M]. One that needs fewer of them ignores the rest. Divergences
+# are in nats; of an estimator from samples only the gradient has a meaning.
+TokenLoss = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
+
+
+def log_probs(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """log π_θ and log π_T over the vocabulary, float32 [M, V]."""
+    return student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
+
+
+def log_probs_of(tokens: Tensor, *logits: Tensor) -> tuple[Tensor, ...]:
+    """The same of the tokens that stand there, [M]."""
+    return tuple(x.gather(-1, tokens[:, None])[:, 0] for x in log_probs(*logits))
+
+
+def kl(student_logits: Tensor, teacher_logits: Tensor, *_) -> Tensor:
+    """Reverse KL(π_θ‖π_T) = Σ_v π_θ(v) (log π_θ(v) − log π_T(v)), the term of Eq. 2."""
+    log_p, log_q = log_probs(student_logits, teacher_logits)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *_) -> Tensor:
+    """Forward KL(π_T‖π_θ) = Σ_v π_T(v) (log π_T(v) − log π_θ(v)), the released code's default."""
+    log_p, log_q = log_probs(student_logits, teacher_logits)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *_) -> Tensor:
+    """½ KL(π_θ‖m) + ½ KL(π_T‖m), with m the mean of the two distributions."""
+    log_p, log_q = log_probs(student_logits, teacher_logits)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
+
+
+def sampled_kl(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, *_) -> Tensor:
+    """Eq. 2 from the sampled token alone: −r_t log π_θ(y_t), r_t = log π_T(y_t) − log π_θ(y_t).
+
+    r_t is detached. The mean of the gradient over y_t ~ π_θ is the gradient of the reverse KL.
+    """
+    log_p, log_q = log_probs_of(tokens, student_logits, teacher_logits)
+    return -(log_q - log_p).detach() * log_p
+
+
+def vopd(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, *_) -> Tensor:
+    """The same with the value V_t = −KL(π_θ‖π_T) as a baseline (arXiv 2605.07865):
+    −(r_t − V_t) log π_θ(y_t). E[∇ log π_θ] = 0, so the mean stays. The variance mostly falls.
+    """
+    log_p, log_q = log_probs_of(tokens, student_logits, teacher_logits)
+    return -(log_q - log_p + kl(student_logits, teacher_logits)).detach() * log_p
+
+
+def policy_gradient(student_logits: Tensor, teacher_logits: None, tokens: Tensor,
+                    advantages: Tensor) -> Tensor:
+    """−A log π_θ(y_t): GRPO's loss at one update per batch, where the clipped ratio is 1."""
+    return advantages * cross_entropy(student_logits.float(), tokens, reduction="none")
+
+
+def replaced_token(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, *_) -> Tensor:
+    """−log π_θ(ỹ_t), cross-entropy on the replaced token: the forward KL from a point mass on it.
+
+    The value to state is known exactly, so nothing on I_c needs a teacher (not in the paper).
+    """
+    return cross_entropy(student_logits.float(), tokens, reduction="none")
+
+
+DIVERGENCES = {"reverse": kl, "forward": forward_kl, "jsd": jensen_shannon}
+
+
+def loss_masks(targets: list[Target], skip_tokens: int) -> tuple[Tensor, Tensor]:
+    """I_a and I_c of Eq. 7: (answer_mask, confidence_mask), int64 [M] over the completion tokens.
+
+    A token's entry is how many rollouts it stands for, 0 where it is not in the sum.
+    """
+    answer, confidence = [], []
+    for target in targets:
+        for y, count in target.completions.items():
+            for t in range(len(y.ids)):
+                in_answer, learned = t < y.answer_length, t >= skip_tokens
+                answer.append(count * (learned and in_answer))
+                confidence.append(count * (learned and not in_answer and not y.truncated))
+    return torch.tensor(answer), torch.tensor(confidence)
+
+
+LOGITS_AT_ONCE = 2 ** 24  # 64 MiB in float32
+
+
+def accumulate_gradient(student: Transformer, teacher: Transformer | None, targets: list[Target],
+                        answer_loss: TokenLoss, confidence_loss: TokenLoss, skip_tokens: int,
+                        scale: float) -> tuple[float, float, int]:
+    """Eq. 7: adds scale · ∇(Σ_{I_a} answer_loss + Σ_{I_c} confidence_loss) to the gradients.
+
+    Returns the two sums, over I_a (capability cloning) and over I_c (calibration), in nats, and at
+    how many tokens of I_c the teacher's likeliest token is the one that stands there.
+    The sampling of y is not differentiated (a semi-gradient), as in every released trainer.
+    Each prompt is computed once for its completions, which have M tokens, M' of them in a sum.
+    Logits exist a chunk at a time, for these M' alone: a chunk is differentiated down to its hidden
+    states before the next one is made.
+    """
+    completions, device = [target.sequences for target in targets], student.device
+    answer_mask, confidence_mask = (m.to(device) for m in loss_masks(targets, skip_tokens))
+    weights = answer_mask + confidence_mask  # [M]
+    counted = weights > 0  # [M]
+    weights, is_answer = weights[counted], answer_mask[counted] > 0  # [M'] each
+    advantages = torch.tensor([y.advantage for target in targets for y in target.completions
+                               for _ in y.ids], device=device)[counted]  # [M']
+    size = max(1, LOGITS_AT_ONCE // student.config.vocab_size)
+
+    teacher_chunks = repeat(None)
+    if teacher is not None:
+        with torch.no_grad():
+            shared = SharedPrefix([t.teacher_prompt for t in targets], completions, device)
+            teacher_chunks = hidden_states(teacher, shared, counted).split(size)
+    shared = SharedPrefix([t.prompt for t in targets], completions, device)
+    hidden = hidden_states(student, shared, counted)  # [M', D]
+    tokens = shared.targets[counted]  # [M']
+
+    losses, gradients, copied = [], [], 0
+    chunks = (x.split(size) for x in (hidden.detach(), weights, tokens, advantages, is_answer))
+    for teacher_hidden, (h, weight, ids, advantage, on_answer) in zip(teacher_chunks, zip(*chunks)):
+        with torch.no_grad():
+            teacher_logits = None if teacher is None else teacher.logits(teacher_hidden)
+        logits = student.logits(h.requires_grad_())
+        loss = weight * eq7(logits, teacher_logits, ids, advantage, on_answer, answer_loss,
+                            confidence_loss)
+        if teacher is not None:
+            copied += weight[~on_answer & (teacher_logits.argmax(-1) == ids)].sum().item()
+        (scale * loss.sum()).backward()
+        losses.append(loss.detach())
+        gradients.append(h.grad)
+    hidden.backward(torch.cat(gradients))
+    losses = torch.cat(losses)
+    return losses[is_answer].sum().item(), losses[~is_answer].sum().item(), copied
+
+
+def hidden_states(model: Transformer, shared: SharedPrefix, counted: Tensor) -> Tensor:
+    """[M', D]: the hidden states from which the counted completion tokens are predicted."""
+    return model.hidden(shared.input_ids, shared.positions, shared)[shared.predicts[counted]]
+
+
+def eq7(student_logits: Tensor, teacher_logits: Tensor | None, tokens: Tensor, advantages: Tensor,
+        is_answer: Tensor, answer_loss: TokenLoss, confidence_loss: TokenLoss) -> Tensor:
+    """The terms of Eq. 7, [M]: answer_loss at tokens of I_a, confidence_loss at those of I_c."""
+    inputs = student_logits, teacher_logits, tokens, advantages
+    if answer_loss is confidence_loss:
+        return answer_loss(*inputs)
+    loss = student_logits.new_zeros(len(tokens), dtype=torch.float32)
+    for rows, token_loss in ((is_answer, answer_loss), (~is_answer, confidence_loss)):
+        loss[rows] = token_loss(*(None if x is None else x[rows] for x in inputs))
+    return loss
+
+
+def step_gradient(student: Transformer, teacher: Transformer | None, targets: list[Target],
+                  answer_loss: TokenLoss, confidence_loss: TokenLoss, skip_tokens: int,
+                  micro_tokens: int) -> tuple[np.ndarray, float]:
+    """Step 4 of Algorithm 1 for all targets, which ranks share, `micro_tokens` at a time.
+
+    Eq. 2 sums over tokens, and we divide by the number of tokens in the step: all tokens of a step
+    weigh the same, and one of a short step weighs more than one of a long step. AdamW is nearly
+    invariant to that scale, gradient clipping is not.
+    Returns the losses over I_a and over I_c, [2], and the share of I_c that the teacher copies, NaN
+    where there is no I_c.
+    """
+    on_answer, on_confidence = (int(m.sum()) for m in loss_masks(targets, skip_tokens))
+    num_tokens = max(1, on_answer + on_confidence)
+    sums = np.zeros(3)  # loss over I_a, loss over I_c, tokens of I_c that the teacher copies
+    for batch in own_batches([target.num_tokens for target in targets], micro_tokens):
+        sums += accumulate_gradient(
+            student, teacher, [targets[i] for i in batch] or [NOTHING_TO_LEARN], answer_loss,
+            confidence_loss, skip_tokens, 1 / num_tokens)
+    sums = ranks.total(sums)
+    return sums[:2] / num_tokens, sums[2] / on_confidence if on_confidence else math.nan
+
+
+# --------------------------------------- rewards, for GRPO and RLCR alone (not in Algorithm 1)
 
 
 def correctness(rollout: Rollout) -> float:
@@ -312,231 +485,57 @@ def group_advantages(group: Group, reward: Callable[[Rollout], float] | None,
     return [(r - fmean(rewards)) / scale for r in rewards]
 
 
-# --------------------------------------------------------------------- step 4: distillation loss
-
-# A token loss takes student logits [M, V], teacher logits [M, V], token ids [M] and advantages [M],
-# and gives a loss for each token, [M], in nats. One that needs fewer of them ignores the rest.
-TokenLoss = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
-
-
-def log_probs(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """log π_θ and log π_T over the vocabulary, float32 [M, V]."""
-    return student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
-
-
-def kl(student_logits: Tensor, teacher_logits: Tensor, *_) -> Tensor:
-    """Reverse KL(π_θ‖π_T) = Σ_v π_θ(v) (log π_θ(v) − log π_T(v)), the term of Eq. 2."""
-    p, q = log_probs(student_logits, teacher_logits)
-    return (p.exp() * (p - q)).sum(-1)
-
-
-def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *_) -> Tensor:
-    """Forward KL(π_T‖π_θ) = Σ_v π_T(v) (log π_T(v) − log π_θ(v)), the released code's default."""
-    p, q = log_probs(student_logits, teacher_logits)
-    return (q.exp() * (q - p)).sum(-1)
-
-
-def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *_) -> Tensor:
-    """½ KL(π_θ‖m) + ½ KL(π_T‖m), with m the mean of the two distributions."""
-    p, q = log_probs(student_logits, teacher_logits)
-    m = torch.logaddexp(p, q) - math.log(2)
-    return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum(-1)
-
-
-def sampled_kl(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, *_) -> Tensor:
-    """Eq. 2 from the sampled token alone: −r_t log π_θ(y_t), r_t = log π_T(y_t) − log π_θ(y_t).
-
-    r_t is a constant in the gradient, whose mean over y_t ~ π_θ is the reverse KL's.
-    """
-    p, q = (x.gather(-1, tokens[:, None])[:, 0] for x in log_probs(student_logits, teacher_logits))
-    return -(q - p).detach() * p
-
-
-def vopd(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, *_) -> Tensor:
-    """The same with the value V_t = −KL(π_θ‖π_T) as a baseline (arXiv 2605.07865):
-    −(r_t − V_t) log π_θ(y_t). E[∇ log π_θ] = 0, so the mean stays. The variance mostly falls.
-    """
-    p, q = (x.gather(-1, tokens[:, None])[:, 0] for x in log_probs(student_logits, teacher_logits))
-    return -(q - p + kl(student_logits, teacher_logits)).detach() * p
-
-
-def policy_gradient(student_logits: Tensor, _, tokens: Tensor, advantages: Tensor) -> Tensor:
-    """−A log π_θ(y_t): GRPO's loss at one update a batch, where the clipped ratio is 1."""
-    return advantages * cross_entropy(student_logits.float(), tokens, reduction="none")
-
-
-def replaced_token(student_logits: Tensor, _, tokens: Tensor, *__) -> Tensor:
-    """−log π_θ(ỹ_t), cross-entropy on the replaced token: the forward KL from a point mass on it.
-
-    The value to state is known exactly, so nothing on I_c needs a teacher (not in the paper).
-    """
-    return cross_entropy(student_logits.float(), tokens, reduction="none")
-
-
-DIVERGENCES = {"reverse": kl, "forward": forward_kl, "jsd": jensen_shannon}
-
-
-def loss_masks(targets: list[Target], skip_tokens: int) -> tuple[Tensor, Tensor]:
-    """I_a and I_c of Eq. 7: (answer_mask, confidence_mask), int64 [M] over the completion tokens.
-
-    A token's entry is how many rollouts it stands for, 0 where it is not in the sum.
-    """
-    answer, confidence = [], []
-    for target in targets:
-        for ids, count, n, truncated in zip(target.completions, target.counts,
-                                            target.answer_lengths, target.truncated):
-            answer += [count * (skip_tokens <= t < n) for t in range(len(ids))]
-            confidence += [count * (t >= max(n, skip_tokens) and not truncated)
-                           for t in range(len(ids))]
-    return torch.tensor(answer), torch.tensor(confidence)
-
-
-LOGITS_AT_ONCE = 2 ** 24  # 64 MiB in float32
-
-
-def accumulate_gradient(student: Transformer, teacher: Transformer | None, targets: list[Target],
-                        answer_loss: TokenLoss, confidence_loss: TokenLoss, skip_tokens: int,
-                        scale: float) -> tuple[float, float, int]:
-    """Eq. 7: adds scale · ∇(Σ_{I_a} answer_loss + Σ_{I_c} confidence_loss) to the gradients.
-
-    Returns the two sums, over I_a (capability cloning) and over I_c (calibration), in nats, and at
-    how many tokens of I_c the teacher's likeliest token is the one that stands there.
-    The sampling of y is not differentiated (a semi-gradient), as in every released trainer.
-    Each prompt is computed once for its completions, which have M tokens, M' of them in a sum.
-    Logits exist a chunk at a time, for these M' alone: a chunk is differentiated down to its hidden
-    states before the next one is made.
-    """
-    completions, device = [target.completions for target in targets], student.device
-    answer_mask, confidence_mask = (m.to(device) for m in loss_masks(targets, skip_tokens))
-    counted = (answer_mask + confidence_mask) > 0  # [M]
-    is_answer = answer_mask[counted] > 0  # [M']
-    counts = (answer_mask + confidence_mask)[counted]  # [M']
-    advantages = torch.tensor([a for target in targets
-                               for ids, a in zip(target.completions, target.advantages)
-                               for _ in ids], device=device)[counted]  # [M']
-    size = max(1, LOGITS_AT_ONCE // student.config.vocab_size)
-
-    teacher_chunks = repeat(None)
-    if teacher is not None:
-        with torch.no_grad():
-            shared = SharedPrefix([t.teacher_prompt for t in targets], completions, device)
-            teacher_chunks = hidden_states(teacher, shared, counted).split(size)
-    shared = SharedPrefix([t.prompt for t in targets], completions, device)
-    hidden = hidden_states(student, shared, counted)  # [M', D]
-    tokens = shared.targets[counted]  # [M']
-
-    losses, gradients, copied = [], [], 0
-    chunks = (x.split(size) for x in (hidden.detach(), counts, tokens, advantages, is_answer))
-    for teacher_hidden, (h, count, ids, advantage, on_answer) in zip(teacher_chunks, zip(*chunks)):
-        with torch.no_grad():
-            teacher_logits = None if teacher is None else teacher.logits(teacher_hidden)
-        logits = student.logits(h.requires_grad_())
-        loss = count * eq7(logits, teacher_logits, ids, advantage, on_answer, answer_loss,
-                           confidence_loss)
-        if teacher is not None:
-            copied += count[~on_answer & (teacher_logits.argmax(-1) == ids)].sum().item()
-        (scale * loss.sum()).backward()
-        losses.append(loss.detach())
-        gradients.append(h.grad)
-    hidden.backward(torch.cat(gradients))
-    losses = torch.cat(losses)
-    return losses[is_answer].sum().item(), losses[~is_answer].sum().item(), copied
-
-
-def hidden_states(model: Transformer, shared: SharedPrefix, counted: Tensor) -> Tensor:
-    """[M', D]: the hidden states from which the counted completion tokens are predicted."""
-    return model.hidden(shared.input_ids, shared.positions, shared)[shared.predicts[counted]]
-
-
-def eq7(student_logits: Tensor, teacher_logits: Tensor | None, tokens: Tensor, advantages: Tensor,
-        is_answer: Tensor, answer_loss: TokenLoss, confidence_loss: TokenLoss) -> Tensor:
-    """The terms of Eq. 7, [M]: answer_loss at tokens of I_a, confidence_loss at those of I_c."""
-    inputs = student_logits, teacher_logits, tokens, advantages
-    if answer_loss is confidence_loss:
-        return answer_loss(*inputs)
-    loss = student_logits.new_zeros(len(tokens), dtype=torch.float32)
-    for rows, token_loss in ((is_answer, answer_loss), (~is_answer, confidence_loss)):
-        loss[rows] = token_loss(*(None if x is None else x[rows] for x in inputs))
-    return loss
-
-
-def own_batches(costs: list[int], budget: int) -> list[list[int]]:
-    """This rank's micro-batches: indices of its share of the items, that cost at most `budget`.
-
-    All ranks have the same number of them, since all take part in each pass; the last ones of some
-    ranks are empty.
-    """
-    every = []
-    for its in ranks.shares(list(range(len(costs)))):
-        every.append([[its[i] for i in batch]
-                      for batch in micro_batches([costs[i] for i in its], budget)])
-    own = every[ranks.rank()]
-    return own + [[]] * (max(map(len, every)) - len(own))
-
-
-# What stands in for an empty micro-batch: a completion of one token, which counts 0 times.
-NOTHING_TO_LEARN = Target([0], [0], [[0]], [0], [1], [False], [0.0])
-
-
-def step_gradient(student: Transformer, teacher: Transformer | None, targets: list[Target],
-                  answer_loss: TokenLoss, confidence_loss: TokenLoss, skip_tokens: int,
-                  micro_tokens: int) -> tuple[np.ndarray, float]:
-    """Step 4 of Algorithm 1 for all targets, which ranks share, `micro_tokens` at a time.
-
-    Eq. 2 sums over tokens: we divide by their number in the step, which keeps their proportions
-    within a step and not between steps. AdamW hardly sees that scale, and gradient clipping does.
-    Returns the losses over I_a and over I_c, [2], and the share of I_c that the teacher copies, NaN
-    where there is no I_c.
-    """
-    on_answer, on_confidence = (int(m.sum()) for m in loss_masks(targets, skip_tokens))
-    num_tokens = max(1, on_answer + on_confidence)
-    sums = np.zeros(3)  # loss over I_a, loss over I_c, tokens of I_c that the teacher copies
-    for batch in own_batches([target.num_tokens for target in targets], micro_tokens):
-        sums += accumulate_gradient(
-            student, teacher, [targets[i] for i in batch] or [NOTHING_TO_LEARN], answer_loss,
-            confidence_loss, skip_tokens, 1 / num_tokens)
-    sums = ranks.total(sums)
-    return sums[:2] / num_tokens, sums[2] / on_confidence if on_confidence else math.nan
-
-
 # ------------------------------------------------------------------------------- the methods
 
 
 @dataclass(frozen=True)
 class Method:
-    """All that tells one method from another. Eq. 7 has two sums, and so there are two losses."""
+    """All that tells one method from another. Eq. 7 has two sums, and so there are two losses; the
+    name of a flag in place of a loss stands for the divergence that the flag chooses."""
 
     title: str
-    confidence: Callable[[Group], list[float]] | None  # replaces the stated one; None: as sampled
-    answer_loss: TokenLoss  # on I_a
-    confidence_loss: TokenLoss  # on I_c
+    confidence: Callable[[Group], float | list[float]] | None  # replaces c; None: as sampled
+    answer_loss: TokenLoss | str  # on I_a
+    confidence_loss: TokenLoss | str  # on I_c
     reward: Callable[[Rollout], float] | None = None  # for the policy gradient
     standardize: bool = False  # divide advantages by their standard deviation
     teacher: bool = True  # score with the network that also sees z
     reference: bool = False  # sample the teacher's own answer, in place of a verifier
 
 
-# `kl` stands for what the flags choose: --divergence, and --confidence-divergence on the I_c of a
-# replaced c. By default these are the reverse KL and the forward KL.
+DIV, DIV_C = "divergence", "confidence_divergence"  # by default reverse KL, and forward KL
+
 METHODS = {
     #                                         replaces c        on I_a      on I_c
     # Eq. 2, and Eq. 7 with Algorithm 1.
-    "opd": Method("OPD",                      None,             kl,         kl),
-    "caopd": Method("CaOPD",                  mu_hat,           kl,         kl),
-    "caopd-sc": Method("CaOPD-SC",            self_consistency, kl,         kl, reference=True),
+    "opd": Method("OPD",                      None,             DIV,        DIV),
+    "caopd": Method("CaOPD",                  mu_hat,           DIV,        DIV_C),
+    "caopd-sc": Method("CaOPD-SC",            self_consistency, DIV,        DIV_C, reference=True),
     # Not in the paper: the value to state is known, so the token itself is learned.
-    "caopd-direct": Method("CaOPD-direct",    mu_hat,           kl,         replaced_token),
-    "caopd-direct-loo": Method("CaOPD-LOO",   leave_one_out,    kl,         replaced_token),
+    "caopd-direct": Method("CaOPD-direct",    mu_hat,           DIV,        replaced_token),
+    "caopd-direct-loo": Method("CaOPD-LOO",   leave_one_out,    DIV,        replaced_token),
     # Eq. 2 from single samples. Replaced tokens are no samples: I_c keeps the full KL.
     "sampled": Method("sampled OPD",          None,             sampled_kl, sampled_kl),
     "vopd": Method("vOPD",                    None,             vopd,       vopd),
-    "caopd-vopd": Method("CaOPD-vOPD",        mu_hat,           vopd,       kl),
+    "caopd-vopd": Method("CaOPD-vOPD",        mu_hat,           vopd,       DIV_C),
     # Reinforcement learning from a reward, without a teacher.
     "grpo": Method("GRPO", None, policy_gradient, policy_gradient, reward=correctness,
                    standardize=True, teacher=False),
     "rlcr": Method("RLCR", None, policy_gradient, policy_gradient, reward=calibrated_correctness,
                    teacher=False),
 }
+
+
+def choose_losses(method: Method, args: "Args") -> tuple[TokenLoss, TokenLoss]:
+    """The method's losses on I_a and on I_c, where flags have chosen the divergences.
+
+    Eq. 7 has one divergence, the reverse KL. On a replaced confidence our default is the forward
+    KL, as in the released code. The μ̂ of a prompt differs from step to step: it is a mean of K
+    draws of probability μ(x). Forward KL learns the mixture of these targets, whose mean is μ(x).
+    Reverse KL settles on the likeliest of them, which is 0 wherever μ(x) < 1/(K + 1).
+    """
+    return tuple(DIVERGENCES[getattr(args, loss)] if isinstance(loss, str) else loss
+                 for loss in (method.answer_loss, method.confidence_loss))
 
 
 # ------------------------------------------------------------------ Algorithm 1: the training loop
@@ -559,6 +558,7 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         tensors |= {f"teacher.{key}": average for key, (average, _) in
                     averaged_weights(teacher, student).items()}
     stage = Stage(name, out, settings(args, name, task), tensors, args.save_every, args.track)
+    told = method.confidence and asked_to_copy(confidence_loss, places, task.wording)
 
     for step in stage.steps(args.steps):
         generator = seeded(args.seed, "rollout", step, student.device)
@@ -577,7 +577,9 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         confidences = [method.confidence(group) if method.confidence else None for group in groups]
 
         # 3. Target replacement: mu_hat is stated in the completion and in the teacher's context.
-        #    A method with a reward has advantages to learn from, and zeros stand for none.
+        #    The paper distills another y than the K rollouts (line 10); like the released code, we
+        #    distill the rollouts themselves, so that mu_hat contains the R of each (leave_one_out
+        #    takes it out). A method with a reward has advantages, and zeros stand for none.
         targets = []
         for group, confidence in zip(groups, confidences):
             advantages = group_advantages(group, method.reward, method.standardize)
@@ -596,7 +598,7 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
             ema_update(teacher, student, args.teacher_rate, generator)
 
         row = summarize(groups, targets, losses)
-        if method.confidence and asked_to_copy(confidence_loss, places, task.wording):
+        if told:
             row["copied"] = copied
         stage.log(step, row | {"lr": lr, "grad_norm": grad_norm}, pick_samples(groups, step))
         stage.save_if_due(step)
@@ -612,19 +614,6 @@ def finite_logits(where: str, tokenizer: Tokenizer) -> Iterator[None]:
         raise BadInput(f"{where}: the logits after {text!r} are not finite; {REMEDY}") from None
 
 
-def choose_losses(method: Method, args: "Args") -> tuple[TokenLoss, TokenLoss]:
-    """The method's losses on I_a and on I_c, with the flags' divergences where they are a KL.
-
-    OPD has one divergence, that of Eq. 2. On a replaced confidence Eq. 7 has the same one, which
-    goes to a mode of mu_hat and may stay at 0; the released code's forward KL keeps mu_hat's mean.
-    """
-    on_answer = on_confidence = DIVERGENCES[args.divergence]
-    if method.confidence is not None:
-        on_confidence = DIVERGENCES[args.confidence_divergence]
-    return (on_answer if method.answer_loss is kl else method.answer_loss,
-            on_confidence if method.confidence_loss is kl else method.confidence_loss)
-
-
 def asked_to_copy(confidence_loss: TokenLoss, places: Collection[str], wording: Wording) -> bool:
     """Whether a teacher of a replaced confidence reads μ̂ in z̃ and scores a ỹ that states it.
 
@@ -634,12 +623,12 @@ def asked_to_copy(confidence_loss: TokenLoss, places: Collection[str], wording: 
     return confidence_loss in DIVERGENCES.values() and "completion" in places and told
 
 
-def seeded(seed: int, stage: str, step: int, device: torch.device) -> torch.Generator:
-    """Randomness that depends on seed, stage, step and rank alone: resuming needs no random state.
+def seeded(seed: int, purpose: str, step: int, device: torch.device) -> torch.Generator:
+    """Randomness of seed, purpose, step and rank alone, so that resuming needs no random state.
 
     Rank 0's is what a single process has.
     """
-    key = f"{seed} {stage} {step}" + (f" rank {ranks.rank()}" if ranks.rank() else "")
+    key = f"{seed} {purpose} {step}" + (f" rank {ranks.rank()}" if ranks.rank() else "")
     return torch.Generator(device).manual_seed(zlib.crc32(key.encode()))
 
 
@@ -648,7 +637,7 @@ def summarize(groups: list[Group], targets: list[Target], loss: np.ndarray) -> d
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     stated = [rollout.confidence for rollout in rollouts if rollout.confidence is not None]
     # One confidence for all is a collapse only where success differs from prompt to prompt.
-    uneven = stated and pstdev(mu_hat(group)[0] for group in groups) > 0.2
+    uneven = stated and pstdev(mu_hat(group) for group in groups) > 0.2
     return {
         "loss": float(loss.sum()), "loss_answer": float(loss[0]), "loss_confidence": float(loss[1]),
         "accuracy": fmean(rollout.correct for rollout in rollouts),
@@ -656,103 +645,54 @@ def summarize(groups: list[Group], targets: list[Target], loss: np.ndarray) -> d
         "format": len(stated) / len(rollouts),
         "collapse": Counter(stated).most_common(1)[0][1] / len(stated) if uneven else math.nan,
         "truncated": fmean(rollout.truncated for rollout in rollouts),
-        "left_out": len(rollouts) - sum(sum(target.counts) for target in targets)}
+        "left_out": len(rollouts) - sum(sum(target.completions.values()) for target in targets)}
 
 
 def pick_samples(groups: list[Group], step: int) -> list[dict]:
     """Rows of samples.jsonl: about 4 rollouts of a step, from other places of it at every step."""
     stride = max(1, len(groups) // 4)
     return [{"question": group.example.question, "answer": data.answer_part(rollout.text).strip(),
-             "confidence": rollout.confidence, "mu_hat": mu_hat(group)[0],
+             "confidence": rollout.confidence, "mu_hat": mu_hat(group),
              "correct": rollout.correct}
             for group in groups[step % stride::stride] for rollout in group.rollouts[:1]]
 
 
-# ---------------------------------------------------------------- AdamW, schedules and the teacher
+# --------------------------------------------------------------------- batches that fit into memory
 
-# bfloat16 has 8 bits of mantissa: an AdamW step of relative size 1e-5, or 0.01 of it for the EMA,
-# would round to nothing. With --rounding nearest, student and teacher keep float32 master weights,
-# which Linear casts where it uses them. With --rounding stochastic they keep bfloat16 alone, and a
-# value between two bfloat16 numbers becomes one of them at random, the nearer one more often, so
-# that it is right on average.
+SAMPLED = 4  # Sampling stores nothing for a gradient, and takes 4 times --micro-tokens at once.
 
 
-class AdamW:
-    """AdamW with gradient clipping. Moments are float32; a weight's gradient has its own dtype.
+def micro_batches(costs: list[int], budget: int) -> list[list[int]]:
+    """Cuts items, in order, into runs of indices that cost at most `budget` (or hold one item)."""
+    batches, room = [], -1
+    for i, cost in enumerate(costs):
+        if cost > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(i)
+        room -= cost
+    return batches
 
-    Weight decay is for matrices alone: norms and biases have none, as in the reference trainers.
-    Frozen weights, such as those under an adapter, are left alone. Of a sharded model each rank
-    updates its part.
+
+def own_batches(costs: list[int], budget: int) -> list[list[int]]:
+    """This rank's micro-batches: indices of its share of the items, that cost at most `budget`.
+
+    All ranks have the same number of them, since all take part in each pass; the last ones of some
+    ranks are empty.
     """
-
-    def __init__(self, model: Transformer, weight_decay: float, clip: float):
-        self.parameters = {name: w for name, w in model.named_parameters() if w.requires_grad}
-        self.weight_decay, self.clip = weight_decay, clip
-        self.moments = {}
-        for name, weight in self.parameters.items():
-            weight.grad = torch.zeros_like(weight)  # backward passes add to it
-            self.moments[name] = tuple(torch.zeros_like(weight, dtype=torch.float32) for _ in "mv")
-
-    @torch.no_grad()
-    def step(self, step: int, lr: float, generator: torch.Generator) -> float:
-        """Makes update number `step` (from 0), clears the gradients, returns their norm unclipped.
-
-        generator: for stochastic rounding.
-        """
-        gradients = [ranks.local(weight.grad) for weight in self.parameters.values()]
-        norm = torch.stack([g.norm(dtype=torch.float32) for g in gradients]).norm()
-        norm = ranks.total_norm(norm)
-        shrink = (self.clip / (norm + 1e-6)).clamp(max=1.0)
-        for (name, weight), gradient in zip(self.parameters.items(), gradients):
-            weight, m, v = map(ranks.local, (weight, *self.moments[name]))
-            value = weight.detach().float()  # the weight itself, where it is float32
-            adamw([value], [gradient.mul_(shrink).float()], [m], [v], [],
-                  [torch.full((), float(step), device=m.device)], lr=lr, beta1=0.9, beta2=0.95,
-                  eps=1e-8, weight_decay=self.weight_decay if weight.dim() == 2 else 0.0,
-                  amsgrad=False, maximize=False, fused=True)
-            store(weight, value, generator)
-            gradient.zero_()
-        return float(norm)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that an update changes, by name."""
-        named = {f"student.{name}": weight for name, weight in self.parameters.items()}
-        for name, (m, v) in self.moments.items():
-            named |= {f"m.{name}": m, f"v.{name}": v}
-        return named
+    every = []
+    for share in ranks.shares(list(range(len(costs)))):
+        every.append([[share[i] for i in batch]
+                      for batch in micro_batches([costs[i] for i in share], budget)])
+    own = every[ranks.rank()]
+    return own + [[]] * (max(map(len, every)) - len(own))
 
 
-def store(weight: Tensor, value: Tensor, generator: torch.Generator) -> None:
-    """weight ← value, a float32 tensor; copying a weight onto itself does nothing."""
-    exact = weight.dtype == torch.float32
-    weight.copy_(value if exact else round_stochastically(value, generator))
+# What stands in for an empty micro-batch: a completion of one token, which counts 0 times.
+NOTHING_TO_LEARN = Target([0], [0], {Completion((0,), 1): 0})
 
 
-def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 to bfloat16, up or down at random so that the mean is x.
-
-    bfloat16 is the upper half of float32's bits, so adding noise below it does the carrying.
-    """
-    bits = x.view(torch.int32)
-    noise = torch.randint(0, 2 ** 16, bits.shape, dtype=torch.int32, device=x.device,
-                          generator=generator)
-    return ((bits + noise) & -2 ** 16).view(torch.float32).to(torch.bfloat16)
-
-
-def warmup_cosine(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine down to zero.
-
-    Warm-up takes at most a tenth of the run.
-    """
-    warmup = max(1, min(warmup, steps // 10))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def warmup_stable_decay(step: int, steps: int) -> float:
-    """The same for the supervised stage, whose documents change on the way: level in between."""
-    return min(1.0, 10 * (step + 1) / steps, (steps - step) / (0.3 * steps))
+# ------------------------------------------------------------------------------------- the teacher
 
 
 def averaged_weights(teacher: Transformer,
@@ -926,11 +866,11 @@ def confidence_distribution(model: Transformer, tokenizer: Tokenizer, groups: li
              for prefix, before in zip(prefixes, segments)]
     rows = []
     for batch in micro_batches(costs, tokens_at_once):
-        its = [branches[segments[i]] for i in batch]
-        shared = SharedPrefix([prefixes[i] + b.start for i, b in zip(batch, its)],
-                              [b.parents for b in its], model.device)
+        each = [branches[segments[i]] for i in batch]
+        shared = SharedPrefix([prefixes[i] + b.start for i, b in zip(batch, each)],
+                              [b.parents for b in each], model.device)
         hidden = model.hidden(shared.input_ids, shared.positions, shared)[shared.predicts]
-        for b, h in zip(its, hidden.split([b.num_tokens for b in its])):
+        for b, h in zip(each, hidden.split([b.num_tokens for b in each])):
             log_p = model.logits(h).float().log_softmax(-1).cpu()  # [num_tokens, V]
             scores = (log_p[b.rows, b.tokens] * b.real).sum(1)  # [101]
             rows.append(scores.softmax(0))
@@ -942,6 +882,8 @@ def confidence_distribution(model: Transformer, tokenizer: Tokenizer, groups: li
 class Branches:
     """The 101 confidence segments as token ids: `start`, which all share, then a branch for each.
 
+    In the toy `start` is `⏎Confidence: `, the branch of 0.53 is (`0.5`, `3`), and its parent is
+    (`0.5`,): the logits after 11 parents give the probabilities of all 101 branches.
     parents: the distinct branches without their last token, each followed by any token, since the
     logits after a parent are what its last tokens are read from. rows, tokens, real [101, L]: where
     the logits of a branch's tokens stand among those of the parents; `real` is 0 for padding.
@@ -999,9 +941,9 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     Returns `every_readout` of the answers, with standard errors of what is stated (stderr), how
     many questions were asked, the share of truncated answers, reliability bins, and under by_grade
     `every_readout` of each grade. oracle_samples: how many further answers estimate μ(x), or 0.
-    With paper_samples, `paper` has the metrics of so many answers a question sampled as the paper
-    does. Ranks share the sampling; each of them computes the distribution of the confidence after
-    all answers.
+    paper_samples: how many answers per question are sampled as the paper samples them; their
+    metrics stand under `paper`. Ranks share the sampling; each of them computes the distribution of
+    the confidence after all answers.
     """
     model = model.for_inference()
     generator = seeded(seed, "evaluation", 1, model.device)
@@ -1009,19 +951,20 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     confidence, correct = stated_and_correct(groups)
     with finite_logits(f"{name}, evaluation", tokenizer):
         p = confidence_distribution(model, tokenizer, groups, sampling.micro_tokens)
-    columns = [confidence.ravel(), correct.ravel(), p]
+    answers = {"confidence": confidence.ravel(), "correct": correct.ravel(), "p": p}
     if oracle_samples:
+        # The number of samples stands where the answers above have 1: these are other samples.
         generator = seeded(seed, "evaluation", oracle_samples, model.device)
         others = ask(model, tokenizer, examples, wording, oracle_samples, sampling, generator, name)
-        columns.append(np.repeat([mu_hat(group)[0] for group in others], samples))
+        answers["mu"] = np.repeat([mu_hat(group) for group in others], samples)
     grades = np.repeat([str(group.example.grade) for group in groups], samples)
-    figures = every_readout(*columns, samples=oracle_samples) | {
+    figures = every_readout(**answers, samples=oracle_samples) | {
         "questions": len(groups), "stderr": bootstrap(confidence, correct),
         "truncated": fmean(rollout.truncated for group in groups for rollout in group.rollouts),
-        "reliability": reliability(*columns[:2]),
-        "by_grade": {grade: every_readout(*(x[grades == grade] for x in columns),
-                                          samples=oracle_samples)
-                     for grade in dict.fromkeys(grades.tolist())}}
+        "reliability": reliability(answers["confidence"], answers["correct"]),
+        "by_grade": {grade: every_readout(samples=oracle_samples, **{
+            name: values[grades == grade] for name, values in answers.items()})
+            for grade in dict.fromkeys(grades.tolist())}}
     if paper_samples:
         generator, sampling = seeded(seed, "paper", 1, model.device), replace(sampling, **PAPER)
         groups = ask(model, tokenizer, examples, wording, paper_samples, sampling, generator, name)
@@ -1082,23 +1025,28 @@ RUN, DISTILL, SAMPLE, BASE, TOY, EVAL, HARDWARE = (
     "what to run", "distillation", "lengths and sampling", "supervised stage (makes the base)",
     "the embedded world's transformer", "evaluation", "hardware")
 
-# What a flag decides: ALL, the base model and with it everything else; METHOD, what a method makes
-# of the base; or NOTHING of what training makes. A checkpoint or a base is taken up again only
-# where every flag that decides it is the same.
+# What another value of a flag makes stale: ALL (the base model, and all that is trained from it),
+# METHOD (what a method has trained) or NOTHING. A checkpoint or a base is taken up again only where
+# every flag that decides it is the same.
 ALL, METHOD, NOTHING = "all", "method", "nothing"
 
 TRACKERS = "wandb", "trackio", "tensorboard"
 
 
-def flag(group: str, decides: str, default, help: str, choices: tuple | None = None):
-    return dataclasses.field(default=default, metadata={"group": group, "decides": decides,
-                                                        "help": help, "choices": choices})
+def flag(group: str, decides: str, default, help: str, choices: tuple | None = None, real=None):
+    """A field of Args. real: its default with --model, where that is another one."""
+    if real is not None:
+        default, defaults = None, (default, real)
+    else:
+        defaults = (default, default)
+    return dataclasses.field(default=default, metadata={
+        "group": group, "decides": decides, "help": help, "choices": choices, "defaults": defaults})
 
 
 @dataclass
 class Args:
-    """The command line: one field a flag. None stands for a default that DEFAULTS has; of ask and
-    explain, for a flag that was not given."""
+    """The command line: one field for each flag. None stands for a default that --model changes;
+    of ask and explain, for a flag that was not given."""
 
     method: str = flag(RUN, NOTHING, "opd,caopd,caopd-direct", "what to train from the same base, "
                        "separated by commas: " + ", ".join(METHODS) + "; `both` is opd,caopd")
@@ -1123,13 +1071,14 @@ class Args:
     ask: list = flag(RUN, NOTHING, None, "ask the models in --out these questions, or those of "
                      "standard input, --rollouts times each; nothing is trained")
 
-    steps: int = flag(DISTILL, METHOD, None, "updates of each method")
-    prompts: int = flag(DISTILL, METHOD, None, "prompts x a step")
-    rollouts: int = flag(DISTILL, METHOD, 8, "K, completions a prompt: the paper finds calibration "
-                         "wants K >= 8")
-    lr: float = flag(DISTILL, METHOD, None, "AdamW's peak learning rate: warm-up, then cosine to 0")
-    warmup: int = flag(DISTILL, METHOD, None, "steps of warm-up, at most a tenth of --steps")
-    weight_decay: float = flag(DISTILL, METHOD, None, "AdamW's weight decay, of matrices")
+    steps: int = flag(DISTILL, METHOD, 600, "updates of each method", real=100)
+    prompts: int = flag(DISTILL, METHOD, 16, "prompts per step", real=32)
+    rollouts: int = flag(DISTILL, METHOD, 8, "K, completions per prompt: the paper finds "
+                         "calibration wants K >= 8")
+    lr: float = flag(DISTILL, METHOD, 6e-4, "AdamW's peak learning rate: warm-up, then "
+                     "cosine to 0", real=1e-5)
+    warmup: int = flag(DISTILL, METHOD, 40, "steps of warm-up, at most a tenth of --steps", real=10)
+    weight_decay: float = flag(DISTILL, METHOD, 0.0, "AdamW's weight decay, of matrices", real=0.01)
     lora_rank: int = flag(DISTILL, ALL, 0, "learn adapters of this rank (LoRA) on every linear "
                           "layer of attention and MLP, and leave the model as it is; 0 learns all "
                           "of it")
@@ -1143,8 +1092,8 @@ class Args:
     confidence_divergence: str = flag(DISTILL, METHOD, "forward", "of a replaced confidence: "
                                       "reverse is Eq. 7's and goes to a mode of mu_hat, forward "
                                       "the released code's and keeps its mean", tuple(DIVERGENCES))
-    teacher_rate: float = flag(DISTILL, METHOD, None, "EMA rate of the teacher, a step: 0 is a "
-                               "frozen teacher, 1 the live student")
+    teacher_rate: float = flag(DISTILL, METHOD, 0.0, "EMA rate of the teacher per step: 0 is a "
+                               "frozen teacher, 1 the live student", real=0.05)
     context: str = flag(DISTILL, METHOD, "demo", "privileged context z: a demonstration (SDFT), or "
                         "another correct rollout of the student (SDPO)", ("demo", "solution"))
     replace: str = flag(DISTILL, METHOD, ",".join(REPLACEMENTS), "where mu_hat replaces the "
@@ -1156,31 +1105,33 @@ class Args:
                            "refused, never cut")
     skip_long: bool = flag(SAMPLE, NOTHING, False, "leave longer prompts out, counted, instead of "
                            "refusing")
-    max_new_tokens: int = flag(SAMPLE, METHOD, None, "longest completion in tokens; one cut off "
-                               "here counts as wrong")
+    max_new_tokens: int = flag(SAMPLE, METHOD, 16, "longest completion in tokens; one cut off here "
+                               "counts as wrong", real=1024)
     temperature: float = flag(SAMPLE, METHOD, 1.0, "sampling temperature of rollouts")
 
-    sft_steps: int = flag(BASE, ALL, None, "updates that teach the format, the habit of high "
-                          "confidence, and how to follow a demonstration")
-    sft_documents: int = flag(BASE, ALL, None, "documents a step, half closed-book, half open-book")
-    sft_lr: float = flag(BASE, ALL, None, "peak learning rate")
-    sft_noise: float = flag(BASE, ALL, None, "share of wrong closed-book answers, so that the base "
-                            "knows better than it writes")
-    sft_answers: float = flag(BASE, ALL, None, "share of the updates, at the start, that teach "
-                              "answers alone, in documents that stop before the confidence")
+    sft_steps: int = flag(BASE, ALL, 1200, "updates that teach the format, the habit of high "
+                          "confidence, and how to follow a demonstration", real=0)
+    sft_documents: int = flag(BASE, ALL, 128, "documents per step, half closed-book, half "
+                              "open-book", real=32)
+    sft_lr: float = flag(BASE, ALL, 3e-3, "peak learning rate", real=2e-4)
+    sft_noise: float = flag(BASE, ALL, 0.25, "share of wrong closed-book answers, so that the base "
+                            "knows better than it writes", real=0.2)
+    sft_answers: float = flag(BASE, ALL, 0.5, "share of the updates, at the start, that teach "
+                              "answers alone, in documents that stop before the "
+                              "confidence", real=0.0)
 
     width: int = flag(TOY, ALL, 128, "hidden size")
     layers: int = flag(TOY, ALL, 3, "number of layers")
 
-    eval_questions: int = flag(EVAL, NOTHING, None, "ask at most N held-out questions")
+    eval_questions: int = flag(EVAL, NOTHING, 1200, "ask at most N held-out questions", real=500)
     eval_temperature: float = flag(EVAL, NOTHING, 1.0, "sampling temperature; 1 is where mu_hat is "
                                    "measured")
     eval_top_p: float = flag(EVAL, NOTHING, 1.0, "nucleus sampling")
-    eval_samples: int = flag(EVAL, NOTHING, None, "answers a question")
-    paper_samples: int = flag(EVAL, NOTHING, None, "answers a question, sampled as the paper "
-                              "evaluates: temperature 0.6, top-p 0.95; 0 leaves it out")
-    oracle: int = flag(EVAL, NOTHING, None, "also estimate each question's success rate mu(x) from "
-                       "N samples: what a confidence c = mu(x) would score; 0 leaves it out")
+    eval_samples: int = flag(EVAL, NOTHING, 4, "answers per question", real=1)
+    paper_samples: int = flag(EVAL, NOTHING, 2, "answers per question, sampled as the paper "
+                              "evaluates: temperature 0.6, top-p 0.95; 0 leaves it out", real=4)
+    oracle: int = flag(EVAL, NOTHING, 4, "also estimate each question's success rate mu(x) from N "
+                       "samples: what a confidence c = mu(x) would score; 0 leaves it out")
     split: str = flag(EVAL, NOTHING, "held-out", "validation asks a further fifth of the training "
                       "questions, and leaves them out of training: for choosing settings",
                       data.SPLITS)
@@ -1191,26 +1142,17 @@ class Args:
                       "multiplies it natively, else float32", ("auto", "float32", "bfloat16"))
     rounding: str = flag(HARDWARE, ALL, "nearest", "for bfloat16: nearest keeps float32 master "
                          "weights of student and teacher; stochastic keeps only bfloat16, rounded "
-                         "at random and right on average, in 14 bytes a weight instead of 22",
+                         "at random and right on average, in 14 bytes per weight instead of 22",
                          ("nearest", "stochastic"))
     recompute: bool = flag(HARDWARE, NOTHING, False, "activation checkpointing: keep each layer's "
                            "input alone, a third slower, several times less memory a token")
     teacher_device: str = flag(HARDWARE, NOTHING, "same", "cpu offloads the teacher's layers to "
                                "main memory and brings them over one at a time", ("same", "cpu"))
-    micro_tokens: int = flag(HARDWARE, METHOD, None, "tokens computed at once; lower it when "
+    micro_tokens: int = flag(HARDWARE, METHOD, 16384, "tokens computed at once; lower it when "
                              "memory runs out: the loss stays the same, samples are drawn in "
-                             "another order")
+                             "another order", real=4096)
     save_every: int = flag(HARDWARE, NOTHING, 50, "steps between checkpoints; an interrupted run "
                            "goes on from the last one")
-
-
-DEFAULTS = {  # field: (embedded world, --model)
-    "steps": (600, 100), "prompts": (16, 32), "lr": (6e-4, 1e-5), "warmup": (40, 10),
-    "weight_decay": (0.0, 0.01), "teacher_rate": (0.0, 0.05), "max_new_tokens": (16, 1024),
-    "sft_steps": (1200, 0), "sft_documents": (128, 32), "sft_lr": (3e-3, 2e-4),
-    "sft_noise": (0.25, 0.2), "sft_answers": (0.5, 0.0), "eval_questions": (1200, 500),
-    "eval_samples": (4, 1), "paper_samples": (2, 4), "oracle": (4, 4),
-    "micro_tokens": (16384, 4096)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1226,7 +1168,7 @@ def argument(field: dataclasses.Field) -> dict:
     if field.type is list:
         nargs, metavar, default = ("*", "QUESTION", None) if default is None else ("+", "PATH", [])
         return {"nargs": nargs, "metavar": metavar, "default": default, "help": help}
-    toy, real = DEFAULTS.get(field.name, (default, default))
+    toy, real = field.metadata["defaults"]
     if toy != real:
         help += f" [{toy}; with --model {real}]"
     elif toy != "":
@@ -1238,7 +1180,7 @@ def argument(field: dataclasses.Field) -> dict:
 
 
 def parse_args(argv: list[str] | None) -> Args:
-    """Reads the command line into Args and fills in DEFAULTS. Raises BadInput."""
+    """Reads the command line into Args and fills in the defaults. Raises BadInput."""
     # METHODS and what stands behind them are told to readers of this file alone.
     about = "\n\n".join(part for part in __doc__.split("\n\n") if not part.startswith("METHODS"))
     parser = Parser(prog="caopd.py", usage="caopd.py [--flag value ...]", description=about,
@@ -1255,9 +1197,9 @@ def parse_args(argv: list[str] | None) -> Args:
             raise BadInput(f"--{name.replace('_', '-')}: its value is empty, perhaps that of a "
                            "variable that is not set")
     args = Args(**given)
-    for name, defaults in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, defaults[bool(args.model)])
+    for field in dataclasses.fields(Args):
+        if getattr(args, field.name) is None:
+            setattr(args, field.name, field.metadata["defaults"][bool(args.model)])
     args.method = "opd,caopd" if args.method == "both" else args.method
     args.out = args.out or os.path.join("out", args.task if args.model else "toy")
     check_values(args)
@@ -1282,7 +1224,7 @@ def check_values(args: Args) -> None:
     require("between 0 and a million", lambda n: 0 <= n <= 10 ** 6, "oracle", "paper_samples")
     require("between 1 and 8192", lambda n: 1 <= n <= 8192, "width", "layers")
     require("0 or more", lambda n: n >= 0, "lora_rank", "sft_steps", "skip_tokens", "warmup")
-    require("at least 2 samples a question, or 0", lambda n: n != 1, "oracle")
+    require("at least 2 samples per question, or 0", lambda n: n != 1, "oracle")
     require("over 0 and at most 1", lambda x: 0 < x <= 1, "lr", "sft_lr", "eval_top_p")
     require("a positive number", lambda x: 0 < x < math.inf, "clip")
     # Below it the quotient of logits and temperature may overflow.
@@ -1497,7 +1439,7 @@ def teacher_length(example: Example, tokenizer: Tokenizer, wording: Wording, arg
     A solution in place of a demonstration may be as long as a completion can be.
     """
     solution = args.context == "solution"
-    demo = data.stated("" if solution else example.demo, 1.0)
+    demo = data.with_confidence("" if solution else example.demo, 1.0)
     prompt = tokenizer.chat(data.teacher_messages(example, wording, demo, report=1.0))
     return len(prompt) + args.max_new_tokens * solution
 

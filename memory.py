@@ -13,7 +13,7 @@ import ranks
 from caopd import LOGITS_AT_ONCE, SAMPLED, Args, teacher_length
 from data import Task, Tokenizer
 from files import BadInput
-from model import Config, Transformer, activation_bytes
+from model import Config, Transformer
 
 
 def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args,
@@ -87,6 +87,28 @@ def memory_needed(config: Config, prompts: list[int], args: Args,
     return {"weights, gradient and optimizer": weights.trained + weights.moments,
             "teacher": weights.teacher,
             "working memory": max(losing, weights.updating, rolling, evaluating)}
+
+
+def activation_bytes(config: Config, tokens_per_prompt: int, rollouts: int, completion: int,
+                     dtype: torch.dtype) -> float:
+    """Bytes that one layer keeps of one token for its gradient, when it reads a SharedPrefix.
+
+    tokens_per_prompt: P + K·C, a prompt with its completions; rollouts: K; completion: C;
+    dtype: what the layer computes in. Weights that are cast to it are kept on top, once a pass.
+    """
+    q_size = config.num_attention_heads * config.head_dim
+    kv_size = config.num_key_value_heads * config.head_dim
+    prompt = tokens_per_prompt - rollouts * completion
+    # Attention gathers K · (P + C) keys, and as many values, for P + K · C tokens.
+    gathered = rollouts * (prompt + completion) / tokens_per_prompt
+    numbers = (6 * config.hidden_size + 4 * config.intermediate_size + 5 * q_size
+               + (8 + 2 * gathered) * kv_size)
+    if dtype == torch.float32 or config.sliding_window:  # Packed repeats shared heads.
+        numbers += 2 * (q_size - kv_size) * prompt / tokens_per_prompt
+    if dtype == torch.float32:
+        return 4 * numbers
+    norms = 2 * config.hidden_size + q_size + kv_size  # They are computed in float32.
+    return 2 * (numbers + norms)
 
 
 @dataclass

@@ -414,28 +414,6 @@ class Layer(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(x))
 
 
-def activation_bytes(config: Config, tokens_per_prompt: int, rollouts: int, completion: int,
-                     dtype: torch.dtype) -> float:
-    """Bytes that one layer keeps of one token for its gradient, when it reads a SharedPrefix.
-
-    tokens_per_prompt: P + K·C, a prompt with its completions; rollouts: K; completion: C;
-    dtype: what the layer computes in. Weights that are cast to it are kept on top, once a pass.
-    """
-    q_size = config.num_attention_heads * config.head_dim
-    kv_size = config.num_key_value_heads * config.head_dim
-    prompt = tokens_per_prompt - rollouts * completion
-    # Attention gathers K · (P + C) keys, and as many values, for P + K · C tokens.
-    gathered = rollouts * (prompt + completion) / tokens_per_prompt
-    numbers = (6 * config.hidden_size + 4 * config.intermediate_size + 5 * q_size
-               + (8 + 2 * gathered) * kv_size)
-    if dtype == torch.float32 or config.sliding_window:  # Packed repeats shared heads.
-        numbers += 2 * (q_size - kv_size) * prompt / tokens_per_prompt
-    if dtype == torch.float32:
-        return 4 * numbers
-    norms = 2 * config.hidden_size + q_size + kv_size  # They are computed in float32.
-    return 2 * (numbers + norms)
-
-
 class Transformer(nn.Module):
     """Embedding, layers, norm and head.
 
@@ -831,9 +809,9 @@ class KVCache(Attend):
     """Keys and values of all tokens so far, so that a decoding step computes one token a row.
 
     A row is a running completion, and K rows share a prompt. A layer stores, for each prompt, its P
-    keys once, and after them R · K places for its rows' own: K for each of R steps to come. All
-    rows of a prompt meet all its keys in one product, and the mask leaves each row its own, because
-    decoding waits for the keys to be read, and that happens once.
+    keys once, and after them R · K places for its rows' own: K for each of R steps to come. The
+    time of decoding is that of reading the keys. So all rows of a prompt meet all keys of it, the
+    other rows' too, in one product that reads them once, and the mask hides those of other rows.
 
     prefill: a Packed(keep_kv=True) that has read the prompts; lengths: of the B prompts;
     samples: K; room: R, how many tokens each row may append.
@@ -991,7 +969,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
         ordered, order = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of likelier tokens
         logits = logits.scatter(-1, order, ordered.masked_fill(before >= top_p, -torch.inf))
-    # Inverting the distribution function takes one random number a row, torch.multinomial V.
+    # Inverting the distribution function takes one random number per row, torch.multinomial V.
     mass = logits.softmax(-1).double().cumsum(-1)
     uniform = torch.rand(len(mass), 1, dtype=torch.double, device=mass.device, generator=generator)
     # The token is the first with more mass up to it than drawn, so never one of mass zero.

@@ -51,7 +51,7 @@ def print_tables(results: dict, args: Args, out: Path) -> None:
           f"{diagram(results)}")
     if args.paper_samples:
         print(f"\nAs the paper evaluates, temperature {PAPER['temperature']} and top-p "
-              f"{PAPER['top_p']}, {args.paper_samples} answers a question:\n"
+              f"{PAPER['top_p']}, {args.paper_samples} answers per question:\n"
               f"{table({name: row['paper'] for name, row in results.items()})}")
     print("\n" + textwrap.fill(LEGEND, 100))
     print(f"\nEverything is in {out} (results.json, metrics.jsonl, samples.jsonl, the models).")
@@ -60,7 +60,7 @@ def print_tables(results: dict, args: Args, out: Path) -> None:
 
 
 def table(results: dict) -> str:
-    """The metrics of each model with their standard errors over questions, a row a model."""
+    """The metrics of each model with their standard errors over questions, a row per model."""
     lines = [f"{'':18}" + "".join(f"{column:>12}" for column in COLUMNS.values())]
     for name, row in results.items():
         cells = (f"{number(row[key], '+' if key == 'ocg' else '')} ±{number(row['stderr'][key])}"
@@ -93,7 +93,7 @@ def readout_table(results: dict) -> str:
 
 
 def grade_table(results: dict) -> str:
-    """Accuracy / mean confidence by grade, a row a grade."""
+    """Accuracy / mean confidence by grade, a row per grade."""
     grades = next(iter(results.values()))["by_grade"]
     lines = [f"{'accuracy / confidence':22}" + "".join(f"{title(name):>17}" for name in results)]
     for grade in grades:
@@ -225,7 +225,7 @@ def typed_lines() -> Iterator[list[str]]:
 
 def ask(texts: list[str], sources: dict[str, Path], tokenizer: Tokenizer, config: Config,
         args: Args, device: torch.device) -> None:
-    """Prints a table for each question, a row a model. One model at a time is in memory."""
+    """Prints a table for each question, a row per model. One model at a time is in memory."""
     examples = []
     for text in texts:
         example = read_question(text, args)
@@ -338,7 +338,7 @@ def choose_group(text: str | None, student: Transformer, tokenizer: Tokenizer, c
         examples = make_task(tokenizer, config, args).held_out[:8]
     groups = rollout(student, tokenizer, examples, wording(args), args.rollouts,
                      rollout_sampling(args), seeded(args.seed, "explain", 0, student.device))
-    group = min(groups, key=lambda group: abs(mu_hat(group)[0] - 0.5))
+    group = min(groups, key=lambda group: abs(mu_hat(group) - 0.5))
     group.rollouts.sort(key=lambda rollout: not rollout.correct)  # the first is the one followed
     return group
 
@@ -349,15 +349,13 @@ def first_target(method: Method, group: Group, tokenizer: Tokenizer, args: Args,
 
     replacing: whether step 3 is done, as far as the method does it.
     """
-    confidences = method.confidence(group) if method.confidence and replacing else None
+    confidence = method.confidence(group) if method.confidence and replacing else None
     advantages = group_advantages(group, method.reward, method.standardize)
-    targets = make_targets(group, confidences, advantages, tokenizer, wording(args),
+    targets = make_targets(group, confidence, advantages, tokenizer, wording(args),
                            args.context if method.teacher else None, args.replace.split(","))
     if not targets:
         return None
-    t = targets[0]
-    return replace(t, completions=t.completions[:1], counts=[1], truncated=t.truncated[:1],
-                   answer_lengths=t.answer_lengths[:1], advantages=t.advantages[:1])
+    return replace(targets[0], completions={next(iter(targets[0].completions)): 1})
 
 
 def spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -385,12 +383,15 @@ def empirical(group: Group, methods: dict[str, Method]) -> str:
     correct = sum(rollout.correct for rollout in group.rollouts)
     stated = [r.confidence for r in group.rollouts if r.confidence is not None]
     says = f", where the mean confidence stated is {fmean(stated):.3f}" if stated else ""
-    lines = [f"μ̂(x) = {correct}/{len(group.rollouts)} = {mu_hat(group)[0]:.3f}{says}"]
+    lines = [f"μ̂(x) = {correct}/{len(group.rollouts)} = {mu_hat(group):.3f}{says}"]
     for method in methods.values():
         if method.confidence not in (None, mu_hat):
-            why = ("the share that agrees with the teacher's own answer" if method.reference else
-                   "the success rate of the other rollouts, for the first one")
-            lines.append(f"{method.title} takes {method.confidence(group)[0]:.3f}, {why}")
+            estimate = method.confidence(group)
+            why = "the share that agrees with the teacher's own answer"
+            if isinstance(estimate, list):
+                estimate = estimate[0]
+                why = "the success rate of the other rollouts, for the first one"
+            lines.append(f"{method.title} takes {estimate:.3f}, {why}")
     return "\n".join(map(indented, lines))
 
 
@@ -399,8 +400,8 @@ def replacement(sampled: Target | None, target: Target | None, tokenizer: Tokeni
     if sampled is None or target is None:
         return indented("left out: no other rollout is right, so that there is no context")
     labels = ("y       ", "(x, z)  ") if sampled == target else ("ỹ       ", "(x, z̃)  ")
-    pairs = zip((sampled.completions[0], sampled.teacher_prompt),
-                (target.completions[0], target.teacher_prompt))
+    pairs = zip((sampled.sequences[0], sampled.teacher_prompt),
+                (target.sequences[0], target.teacher_prompt))
     return "\n".join(indented(label + changes(spelled(tokenizer, was), spelled(tokenizer, now)))
                      for label, (was, now) in zip(labels, pairs) if was)
 
@@ -417,9 +418,10 @@ def changes(was: str, now: str) -> str:
 
 def loss_table(name: str, target: Target, student: Transformer, trained: Transformer | None,
                tokenizer: Tokenizer, args: Args) -> str:
-    """A line a token of ỹ: what each model holds for the likeliest there, and the term of Eq. 7."""
+    """A line per token of ỹ: what each model holds for likeliest there, and the term of Eq. 7."""
     losses = choose_losses(METHODS[name], args)
-    ids, n = target.completions[0], target.answer_lengths[0]
+    y, = target.completions
+    ids, n = list(y.ids), y.answer_length
     in_answer, in_confidence = (mask.bool() for mask in loss_masks([target], args.skip_tokens))
     logits, teacher_logits = next_token_logits(student, target.prompt, ids), None
     columns = [["", *("I_a" if t < n else "I_c" for t in range(len(ids)))],
@@ -442,7 +444,7 @@ def loss_table(name: str, target: Target, student: Transformer, trained: Transfo
     sums = (f"{function.__name__} on {part} {loss[mask].sum():.3f}" for function, part, mask in
             zip(losses, ("I_a", "I_c"), (in_answer, in_confidence)))
     if not METHODS[name].teacher:
-        sums = [*sums, f"advantage {target.advantages[0]:+.3f}"]
+        sums = [*sums, f"advantage {y.advantage:+.3f}"]
     return "\n".join([f"   {title(name)}: {', '.join(sums)}", heading, *rows])
 
 
@@ -456,9 +458,10 @@ def next_token_logits(model: Transformer, prompt: list[int], completion: list[in
 def token_losses(logits: Tensor, teacher_logits: Tensor | None, target: Target,
                  losses: tuple[TokenLoss, TokenLoss]) -> Tensor:
     """[M]: the terms of Eq. 7 of a Target's only completion, in nats."""
-    tokens = torch.tensor(target.completions[0], device=logits.device)  # [M]
-    advantages = torch.full_like(tokens, target.advantages[0], dtype=torch.float32)
-    is_answer = torch.arange(len(tokens), device=logits.device) < target.answer_lengths[0]
+    y, = target.completions
+    tokens = torch.tensor(y.ids, device=logits.device)  # [M]
+    advantages = torch.full_like(tokens, y.advantage, dtype=torch.float32)
+    is_answer = torch.arange(len(tokens), device=logits.device) < y.answer_length
     return eq7(logits, teacher_logits, tokens, advantages, is_answer, *losses).cpu()
 
 

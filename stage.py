@@ -40,7 +40,7 @@ TROUBLE = {  # by a figure of a step: when it tells of trouble, and what to say 
                "0), and --method caopd-direct learns the confidence without a teacher"),
     "fallen": (lambda errors: errors > 3, f"the completions of the last {WINDOW} updates are right "
                f"less often than those of the first {WINDOW}, by over three standard errors; the "
-               "student may be coming apart, which a lower --lr or more --prompts a step can "
+               "student may be coming apart, which a lower --lr or more --prompts per step can "
                "prevent")}
 
 
@@ -53,7 +53,7 @@ class Logged:
     accuracy: float | None = within(0, 1, default=None)  # of the step's rollouts
 
 
-LOOK_EVERY = 120  # seconds from one time that samples are shown to the next
+LOOK_EVERY = 120  # seconds between two showings of samples
 
 
 class Stage:

@@ -117,7 +117,7 @@ def settings(flags: argparse.Namespace) -> caopd.Args:
 
 def chats(example: data.Example) -> tuple[list[dict], list[dict]]:
     """What the student and OPD's teacher read: x and (x, z)."""
-    demo = data.stated(example.demo, 1.0)
+    demo = data.with_confidence(example.demo, 1.0)
     return (data.student_messages(example, data.WORDS),
             data.teacher_messages(example, data.WORDS, demo))
 
@@ -294,9 +294,9 @@ def random_step(model: Transformer, teacher: Transformer, prompt: int, samples: 
     began = wait(device)
     completions = generate(model, [ids], new, num_samples=samples)
     sampled = wait(device)
-    target = caopd.Target(ids, ids, completions, counts=[1] * samples,
-                          answer_lengths=[new] * samples, truncated=[False] * samples,
-                          advantages=[0.0] * samples)
+    # Advantages tell apart completions that happen to be the same, so that all K are computed.
+    target = caopd.Target(ids, ids, {caopd.Completion(tuple(completion), new, advantage=float(k)): 1
+                                     for k, completion in enumerate(completions)})
     caopd.accumulate_gradient(model, teacher, [target], caopd.kl, caopd.kl, skip_tokens=0,
                               scale=1.0)
     return sampled - began, wait(device) - sampled

@@ -363,7 +363,7 @@ class Text(Kind):
         answer = content[:data.segment_start(content)]
         if data.still_thinking(content):
             answer += "</think>"
-        restated = data.stated(answer, 0.37)
+        restated = data.with_confidence(answer, 0.37)
         assert data.parse_confidence(restated) == 0.37, "the segment that was put in is not read"
         for example in self.examples:
             assert type(data.verify(example, content)) is bool

@@ -46,6 +46,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import bench
 import caopd
 import model as network
+import optim
 from model import Config, Transformer, generate
 
 TIME_LIMIT = 150  # seconds of a part
@@ -93,9 +94,8 @@ def targets(prompts: int, prompt: int, samples: int, new: int) -> list[caopd.Tar
         return torch.randint(TOKENS, (count,), generator=generator).tolist()
 
     return [caopd.Target(tokens(prompt + i), tokens(prompt + 9),
-                         [tokens(new - i - k % 2) for k in range(samples)], [1] * samples,
-                         [new // 2] * samples, [False] * samples, [0.0] * samples)
-            for i in range(prompts)]
+                         {caopd.Completion(tuple(tokens(new - i - k % 2)), new // 2): 1
+                          for k in range(samples)}) for i in range(prompts)]
 
 
 def gradient(student: Transformer, teacher: Transformer,
@@ -224,7 +224,7 @@ def bfloat16(device: torch.device, flags: argparse.Namespace, rank: int = 0) -> 
 def rounding(device: torch.device, flags: argparse.Namespace) -> dict:
     generator = torch.Generator(device).manual_seed(0)
     value = torch.full((2 ** 20,), 1 + 2 ** -10, device=device)  # an eighth of the way up
-    rounded = caopd.round_stochastically(value, generator).float()
+    rounded = optim.round_stochastically(value, generator).float()
     up = (rounded > 1).float().mean().item()
     check(set(rounded.unique().tolist()) == {1.0, 1 + 2 ** -7}, "values go to their neighbours")
     check(abs(up - 1 / 8) < 0.002, f"an eighth of them go up, and not {up:.4f}")

@@ -28,9 +28,10 @@ import caopd
 import data
 import files
 import model
+import optim
 import show
-from caopd import (METHODS, AdamW, Args, Group, Rollout, Sampling, Target, accumulate_gradient,
-                   calibration, ema_update, make_targets, parse_args)
+from caopd import (METHODS, AdamW, Args, Completion, Group, Rollout, Sampling, Target,
+                   accumulate_gradient, calibration, ema_update, make_targets, parse_args)
 from files import BadInput
 from memory import memory_needed
 from model import Config, Transformer
@@ -299,7 +300,7 @@ def test_empirical_confidence_counts_truncated_rollouts_as_wrong(world):
     groups = some_groups(world[1])
     assert [[rollout.correct for rollout in group.rollouts] for group in groups] == \
         [[True, False, True, False], [True, False, True, False]]
-    assert [caopd.mu_hat(group) for group in groups] == [[0.5] * 4, [0.5] * 4]
+    assert [caopd.mu_hat(group) for group in groups] == [0.5, 0.5]
 
 
 def test_leave_one_out_by_hand():
@@ -317,7 +318,7 @@ def test_mu_hat_tells_a_rollout_its_own_outcome_and_leave_one_out_does_not(k, mu
         sums, mass = [0.0, 0.0], [0.0, 0.0]
         for correct in itertools.product((0, 1), repeat=k):
             probability = mu ** sum(correct) * (1 - mu) ** (k - sum(correct))
-            stated = estimate(outcome(*correct))
+            stated = np.broadcast_to(estimate(outcome(*correct)), k)
             assert np.mean(stated) == pytest.approx(sum(correct) / k)
             for r, value in zip(correct, stated):
                 sums[r] += probability * value
@@ -330,19 +331,19 @@ def test_mu_hat_tells_a_rollout_its_own_outcome_and_leave_one_out_does_not(k, mu
 def test_self_consistency_compares_answers_and_not_texts(world):
     group = hand_made(world[1], "12+34=", "64", "64\nConfidence: 0.20", "3*2\n64", "54", "+", "64")
     group.reference = "64\nConfidence: 1.00"
-    assert caopd.self_consistency(group) == [0.6] * 5
+    assert caopd.self_consistency(group) == 0.6
     group.reference = "1+54"  # The reference may be wrong, and agreement with it counts.
-    assert caopd.self_consistency(group) == [0.2] * 5
+    assert caopd.self_consistency(group) == 0.2
     for rollout in group.rollouts:
         rollout.correct = not rollout.correct
-    assert caopd.self_consistency(group) == [0.2] * 5
+    assert caopd.self_consistency(group) == 0.2
 
 
 def test_self_consistency_compares_choices_in_any_form(world):
     group = hand_made(world[1], "Which?", "A", "<answer>\nB\n</answer>", "The answer is B.", "b",
                       "<answer>A</answer>\nConfidence: 0.50", "answer B or A?", task="mcq")
     group.reference = "I think so.\n<answer>B</answer>\nConfidence: 0.90"
-    assert caopd.self_consistency(group) == [0.8] * 5
+    assert caopd.self_consistency(group) == 0.8
 
 
 def test_a_truncated_rollout_states_nothing_and_agrees_with_none(world):
@@ -351,7 +352,7 @@ def test_a_truncated_rollout_states_nothing_and_agrees_with_none(world):
     assert [rollout.confidence for rollout in group.rollouts] == [None, 0.5]
     assert caopd.calibrated_correctness(group.rollouts[0]) == 0
     group.reference = "64"
-    assert caopd.self_consistency(group) == [0.5, 0.5] == caopd.mu_hat(group)
+    assert caopd.self_consistency(group) == 0.5 == caopd.mu_hat(group)
 
 
 def test_a_solution_states_the_value_that_the_teacher_is_told(world):
@@ -382,7 +383,7 @@ def test_a_reference_without_an_answer_agrees_with_none(world):
     group = hand_made(world[1], "12+34=", "64", "", "+", "64", "\nConfidence: 0.64")
     for reference in ("", "+", "\nConfidence: 0.64"):
         group.reference = reference
-        assert caopd.self_consistency(group) == [0.0] * 4
+        assert caopd.self_consistency(group) == 0
 
 
 def test_references_are_the_teachers_own_answers(world, monkeypatch):
@@ -410,7 +411,7 @@ def test_a_reference_that_was_cut_off_agrees_with_none(world, monkeypatch):
         monkeypatch.setattr(caopd, "generate", lambda *_, **__: [tokenizer.encode("64") + end])
         caopd.add_references([group], teacher, tokenizer, task.wording,
                              caopd.rollout_sampling(args), torch.Generator())
-        assert caopd.self_consistency(group) == [agree] * 2
+        assert caopd.self_consistency(group) == agree
 
 
 # ----------------------------------------------------------------------- step 3: target replacement
@@ -422,19 +423,18 @@ def test_replacement_touches_nothing_but_the_confidence(world):
         for rollout, correct in zip(group.rollouts, (True, False, False, False)):
             rollout.correct = correct  # mu_hat is 0.25
         (opd,), (ours,) = (targets_of([group], tokenizer, task, f) for f in (None, caopd.mu_hat))
-        assert opd.completions == [rollout.ids for rollout in group.rollouts]
+        assert opd.sequences == [rollout.ids for rollout in group.rollouts]
         assert ours.prompt == opd.prompt == group.prompt
-        assert sum(ours.counts) == sum(opd.counts) == 4
-        kept = {(tuple(ids[:n]), n, cut) for ids, n, cut in zip(
-            opd.completions, opd.answer_lengths, opd.truncated)}
-        assert kept == {(tuple(ids[:n]), n, cut) for ids, n, cut in zip(
-            ours.completions, ours.answer_lengths, ours.truncated)}
-        for replaced, truncated in zip(ours.completions, ours.truncated):
-            if truncated:
-                assert replaced in opd.completions and replaced[-1] != END
+        assert sum(ours.completions.values()) == sum(opd.completions.values()) == 4
+        kept, ours_kept = ({(y.ids[:y.answer_length], y.answer_length, y.truncated)
+                            for y in target.completions} for target in (opd, ours))
+        assert kept == ours_kept
+        for replaced in ours.completions:
+            if replaced.truncated:
+                assert replaced in opd.completions and replaced.ids[-1] != END
             else:
-                assert data.parse_confidence(tokenizer.decode(replaced)) == 0.25
-                assert replaced[-1] == END
+                assert data.parse_confidence(tokenizer.decode(replaced.ids)) == 0.25
+                assert replaced.ids[-1] == END
         said = [data.parse_confidence(tokenizer.decode(t.teacher_prompt)) for t in (opd, ours)]
         assert said == [1.0, 0.25]  # z and z̃
         assert len(opd.teacher_prompt) == len(ours.teacher_prompt)
@@ -444,8 +444,8 @@ def test_the_teacher_is_told_in_words_what_to_state(real_model):
     tokenizer = data.Tokenizer.from_pretrained(real_model)
     group = hand_made(tokenizer, "12+34?", "46", "46\nConfidence: 0.9", "45", "46", "1", end=0)
     wording = data.WORDS
-    opd, ours = (make_targets(group, confidences, [0.0] * 4, tokenizer, wording, "demo")[0]
-                 for confidences in (None, caopd.mu_hat(group)))
+    opd, ours = (make_targets(group, confidence, [0.0] * 4, tokenizer, wording, "demo")[0]
+                 for confidence in (None, caopd.mu_hat(group)))
     report = wording.report.format(confidence="0.50")
     assert report not in tokenizer.decode(opd.teacher_prompt)
     assert report in tokenizer.decode(ours.teacher_prompt)
@@ -460,7 +460,7 @@ def test_each_of_the_replacements_can_be_left_out(real_model, replace):
     group = hand_made(tokenizer, "12+34?", "46", "46\nConfidence: 0.9", "45", "46", "1", end=0)
     target, = make_targets(group, caopd.mu_hat(group), [0.0] * 4, tokenizer, data.WORDS, "demo",
                            replace)
-    stated = {data.parse_confidence(tokenizer.decode(ids)) for ids in target.completions}
+    stated = {data.parse_confidence(tokenizer.decode(ids)) for ids in target.sequences}
     assert stated == ({0.5} if "completion" in replace else {0.9, None})
     context = tokenizer.decode(target.teacher_prompt)
     assert ("46\nConfidence: 0.50" in context) == ("demonstration" in replace)
@@ -473,8 +473,8 @@ def test_each_rollout_states_its_own_leave_one_out_estimate(world):
     _, tokenizer, task, *_ = world
     group = hand_made(tokenizer, "7*8=", "65", "65", "6\nConfidence: 0.50", "7", "65", "1~")
     (target,) = targets_of([group], tokenizer, task, caopd.leave_one_out)
-    stated = [data.parse_confidence(tokenizer.decode(ids)) for ids in target.completions]
-    assert stated == [0.25, 0.5, 0.5, None] and target.counts == [2, 1, 1, 1]
+    stated = [data.parse_confidence(tokenizer.decode(ids)) for ids in target.sequences]
+    assert stated == [0.25, 0.5, 0.5, None] and list(target.completions.values()) == [2, 1, 1, 1]
     assert data.parse_confidence(tokenizer.decode(target.teacher_prompt)) == 0.4  # mu_hat
 
 
@@ -483,8 +483,9 @@ def test_a_method_without_a_teacher_has_no_context(world):
     group = some_groups(tokenizer)[0]
     advantages = [0.5, -1.0, 2.0, 0.0]
     target, = make_targets(group, None, advantages, tokenizer, task.wording, None)
-    assert target.teacher_prompt == [] and target.advantages == advantages
-    assert target.completions == [rollout.ids for rollout in group.rollouts]
+    assert target.teacher_prompt == []
+    assert [y.advantage for y in target.completions] == advantages
+    assert target.sequences == [rollout.ids for rollout in group.rollouts]
 
 
 def test_solution_context_is_a_correct_rollout_or_none(world):
@@ -514,10 +515,10 @@ def test_no_rollout_is_shown_its_own_solution(world, correct):
     for target in targets:
         shown = tokenizer.decode(target.teacher_prompt).removeprefix("7*8=\n")
         assert correct[int(shown) - 1]
-        texts = [tokenizer.decode(ids) for ids in target.completions]
+        texts = [tokenizer.decode(ids) for ids in target.sequences]
         assert shown not in texts
-        assert target.advantages == [10.0 * int(text) for text in texts]
-        assert target.answer_lengths == [1] * len(texts) and not any(target.truncated)
+        for y, text in zip(target.completions, texts):
+            assert y.advantage == 10.0 * int(text) and y.answer_length == 1 and not y.truncated
         scored += texts
     alone = [k for k in range(4) if sum(correct) - correct[k] == 0]  # No other one is correct.
     assert sorted(scored) == [str(k + 1) for k in range(4) if k not in alone]
@@ -640,13 +641,11 @@ def test_the_gradient_at_answer_positions_is_opds(world, kind):
     ours = [dataclasses.replace(target, teacher_prompt=t.teacher_prompt)
             for target, t in zip(ours, opd)]
 
-    def backward(targets):
-        return accumulate_gradient(student, teacher, targets, loss, loss, 0, 1.0)
-    (a, c, _), (a_ours, c_ours, _) = backward(opd), backward(ours)
+    def backward(targets, on_confidence):
+        return accumulate_gradient(student, teacher, targets, loss, on_confidence, 0, 1.0)
+    (a, c, _), (a_ours, c_ours, _) = backward(opd, loss), backward(ours, loss)
     assert a == pytest.approx(a_ours, rel=1e-6) and c != pytest.approx(c_ours, rel=1e-2)
-    answers = [[dataclasses.replace(t, truncated=[True] * len(t.truncated)) for t in targets]
-               for targets in (opd, ours)]  # leaves I_c out
-    g, g_ours = (gradient(student, lambda: backward(targets)) for targets in answers)
+    g, g_ours = (gradient(student, lambda: backward(targets, nothing)) for targets in (opd, ours))
     assert_same_gradient(g, g_ours)
 
 
@@ -732,9 +731,10 @@ def test_the_baseline_lowers_the_variance_on_the_toys_own_rollouts(small_run):
                            Sampling(16), torch.Generator().manual_seed(0))
     totals = {loss: np.zeros(2) for loss in (caopd.sampled_kl, caopd.vopd)}  # on I_a, on I_c
     for target in targets_of(groups, tokenizer, task, None):
-        for ids, n in zip(target.completions, target.answer_lengths):
+        for y in target.completions:
+            n = y.answer_length
             with torch.no_grad():
-                s, t = (base(torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1]
+                s, t = (base(torch.tensor([[*prompt, *y.ids]]))[0, len(prompt) - 1:-1]
                         for prompt in (target.prompt, target.teacher_prompt))
             for loss in totals:
                 variance = mean_and_variance(loss, s, t)[1]
@@ -782,21 +782,19 @@ def plain_loss(student: Transformer, teacher: Transformer | None, targets: list[
     """The plain way: each completion in a forward pass of its own, all its logits at once."""
     answer = confidence = torch.zeros(())
     for target in targets:
-        for y, count, n, truncated, advantage in zip(
-                target.completions, target.counts, target.answer_lengths, target.truncated,
-                target.advantages):
-            s = student(torch.tensor([target.prompt + y]))[0, len(target.prompt) - 1:-1]
+        for y, count in target.completions.items():
+            s = student(torch.tensor([[*target.prompt, *y.ids]]))[0, len(target.prompt) - 1:-1]
             t = None
             if teacher is not None:
                 with torch.no_grad():
-                    t = teacher(torch.tensor([target.teacher_prompt + y]))
+                    t = teacher(torch.tensor([[*target.teacher_prompt, *y.ids]]))
                 t = t[0, len(target.teacher_prompt) - 1:-1]
-            inputs = s, t, torch.tensor(y), torch.full((len(y),), advantage)
+            inputs = s, t, torch.tensor(y.ids), torch.full((len(y.ids),), y.advantage)
             on_answer, on_confidence = answer_loss(*inputs), confidence_loss(*inputs)
-            for position in range(skip_tokens, len(y)):
-                if position < n:
+            for position in range(skip_tokens, len(y.ids)):
+                if position < y.answer_length:
                     answer = answer + count * on_answer[position]
-                elif not truncated:
+                elif not y.truncated:
                     confidence = confidence + count * on_confidence[position]
     return answer, confidence
 
@@ -805,12 +803,11 @@ def plain_copies(teacher: Transformer, targets: list[Target], skip_tokens: int) 
     """How many tokens of I_c the teacher, asked about one completion at a time, would write."""
     copies = 0
     for target in targets:
-        for y, count, n, truncated in zip(target.completions, target.counts, target.answer_lengths,
-                                          target.truncated):
-            said = teacher(torch.tensor([target.teacher_prompt + y]))[0].argmax(-1).tolist()
-            said = said[len(target.teacher_prompt) - 1:-1]
-            copies += count * sum(said[t] == y[t] for t in range(max(n, skip_tokens), len(y))
-                                  if not truncated)
+        for y, count in target.completions.items():
+            read = torch.tensor([[*target.teacher_prompt, *y.ids]])
+            said = teacher(read)[0].argmax(-1).tolist()[len(target.teacher_prompt) - 1:-1]
+            in_confidence = range(max(y.answer_length, skip_tokens), len(y.ids))
+            copies += count * sum(said[t] == y.ids[t] for t in in_confidence if not y.truncated)
     return copies
 
 
@@ -912,8 +909,8 @@ def test_no_gradient_reaches_the_teacher_and_equal_contexts_give_no_loss(world):
 
 
 def test_masks_by_hand():
-    target = Target([1], [1], [[5, 6, 7, 1], [5, 6, 7], [1]], [3, 1, 1], [2, 2, 0],
-                    [False, True, False], [0.0] * 3)
+    target = Target([1], [1], {Completion((5, 6, 7, 1), 2): 3,
+                               Completion((5, 6, 7), 2, truncated=True): 1, Completion((1,), 0): 1})
     answer, confidence = caopd.loss_masks([target], 1)
     assert answer.tolist() == [0, 3, 0, 0] + [0, 1, 0] + [0]
     assert confidence.tolist() == [0, 0, 3, 3] + [0, 0, 0] + [0]
@@ -925,12 +922,11 @@ def test_rollouts_that_came_out_the_same_are_scored_once_and_count_as_often(worl
     group = hand_made(tokenizer, "12+34=", "64", "64\nConfidence: 0.90", "54\nConfidence: 0.70",
                       "64\nConfidence: 0.90", "64\nConfidence: 0.20", "64\nConfidence: 0.90")
     target, = targets_of([group], tokenizer, task, confidence)
-    assert target.counts == ([3, 1, 1] if confidence is None else [4, 1])
+    counts = list(target.completions.values())
+    assert counts == ([3, 1, 1] if confidence is None else [4, 1])
     together = accumulate_gradient(student, teacher, [target], caopd.kl, caopd.kl, 0, 0.0)
-    apart = [dataclasses.replace(target, completions=[ids], counts=[1], answer_lengths=[n],
-                                 truncated=[False], advantages=[0.0])
-             for ids, count, n in zip(target.completions, target.counts, target.answer_lengths)
-             for _ in range(count)]
+    apart = [dataclasses.replace(target, completions={y: 1})
+             for y, count in target.completions.items() for _ in range(count)]
     assert len(apart) == 5
     each = accumulate_gradient(student, teacher, apart, caopd.kl, caopd.kl, 0, 0.0)
     assert together == pytest.approx(each, rel=1e-5)
@@ -941,7 +937,8 @@ def test_what_differs_in_its_parts_is_not_merged(world):
     _, tokenizer, task, *_ = world
     group = hand_made(tokenizer, "12+34=", "64", "64", "64")
     targets = make_targets(group, None, [1.0, -1.0], tokenizer, task.wording, None)
-    assert targets[0].counts == [1, 1] and targets[0].advantages == [1.0, -1.0]
+    assert [(y.advantage, count) for y, count in targets[0].completions.items()] == \
+        [(1.0, 1), (-1.0, 1)]
 
 
 # ----------------------------------------------------------------------------- the methods
@@ -1046,7 +1043,7 @@ def test_small_steps_and_ema_increments_survive_bfloat16(rounding):
 
 def test_stochastic_rounding_is_one_of_two_neighbours_and_right_on_average():
     x = torch.tensor([1.0, 1.001, -1.001, 3.14159, 1e-20, 0.0, 257.0]).repeat(20000, 1)
-    rounded = caopd.round_stochastically(x, torch.Generator().manual_seed(1)).float()
+    rounded = optim.round_stochastically(x, torch.Generator().manual_seed(1)).float()
     exact = x[0].double()
     for i in range(x.shape[1]):
         values = rounded[:, i].double().unique()
@@ -1086,11 +1083,11 @@ def test_gradients_add_up_over_micro_batches():
 
 
 def test_the_learning_rate_warms_up_and_falls():
-    rates = [caopd.warmup_cosine(step, 20, 30) for step in range(20)]
+    rates = [optim.warmup_cosine(step, 20, 30) for step in range(20)]
     assert rates[:3] == pytest.approx([0.5, 1.0, 1.0]) and rates[11] == pytest.approx(0.5)
     assert 0 < rates[19] < 0.01
     assert all(x >= y for x, y in zip(rates[2:], rates[3:]))
-    rates = [caopd.warmup_stable_decay(step, 20) for step in range(20)]
+    rates = [optim.warmup_stable_decay(step, 20) for step in range(20)]
     assert rates == pytest.approx([0.5] + [1.0] * 14 + [5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
 
 

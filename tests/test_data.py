@@ -199,7 +199,7 @@ def test_an_answer_that_is_not_there_is_never_right():
 def test_demonstrations_verify_and_wrong_answers_do_not(task, answer):
     kind = KINDS[task]
     example = Example(task, "?", answer, demo=kind.demonstrate(answer))
-    assert verify(example, data.stated(example.demo, 0.5))
+    assert verify(example, data.with_confidence(example.demo, 0.5))
     for seed in range(50):
         wrong = kind.corrupt(answer, random.Random(seed))
         assert not verify(example, kind.demonstrate(wrong))
@@ -252,7 +252,7 @@ def test_the_teacher_sees_everything_the_student_sees_and_the_context():
     example = Example("mcq", "Which {gas}?\nA: x\nB: y", "B", system="Be brief.",
                       demo="<answer>\nB\n</answer>")
     student = data.student_messages(example, data.WORDS)
-    demo = data.stated(example.demo, 0.25)
+    demo = data.with_confidence(example.demo, 0.25)
     teacher = data.teacher_messages(example, data.WORDS, demo, report=0.25)
     assert teacher[0] == student[0] == {"role": "system", "content": "Be brief."}
     assert teacher[1]["content"].startswith(student[1]["content"])
@@ -553,7 +553,7 @@ def test_rows_as_others_write_them(tmp_path, capsys, name):
     path = write(tmp_path / "a.jsonl", json.dumps(row), "", json.dumps(row))
     for example in load_jsonl(path, task):
         assert (example.question, example.answer, example.system, example.demo) == fields
-        assert verify(example, data.stated(example.demo, 0.5))
+        assert verify(example, data.with_confidence(example.demo, 0.5))
     assert capsys.readouterr().out == (f"{path}: {said}\n" if said else "")
 
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from files import BadInput
-from model import (Config, Decoder, KVCache, SharedPrefix, Transformer, activation_bytes, generate,
-                   sample)
+from memory import activation_bytes
+from model import Config, Decoder, KVCache, SharedPrefix, Transformer, generate, sample
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("llama", "llama3", "qwen2", "qwen3", "olmo3")

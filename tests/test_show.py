@@ -71,8 +71,8 @@ def test_the_terms_shown_are_those_that_the_trainer_sums(name, flags):
     group = caopd.Group(example, tokenizer.chat(data.student_messages(example, data.SYMBOLS)),
                         rollouts, reference=texts[0])
     target = show.first_target(METHODS[name], group, tokenizer, args, replacing=True)
-    assert target.completions[0][:2] == rollouts[0].ids[:2]
-    losses, ids = caopd.choose_losses(METHODS[name], args), target.completions[0]
+    losses, (ids,) = caopd.choose_losses(METHODS[name], args), target.sequences
+    assert ids[:2] == rollouts[0].ids[:2]
     teacher_logits = show.next_token_logits(teacher, target.teacher_prompt, ids) \
         if METHODS[name].teacher else None
     terms = show.token_losses(show.next_token_logits(student, target.prompt, ids), teacher_logits,
@@ -131,7 +131,7 @@ def test_the_middle_of_a_long_answer_is_left_out():
     args, tokenizer = parse_args(TINY), data.toy_tokenizer()
     student = Transformer(caopd.toy_model(args, tokenizer))
     ids = tokenizer.encode(40 * "1" + "\nConfidence: 0.50")
-    target = caopd.Target([2], [2, 3], [ids], [1], [40], [False], [0.0])
+    target = caopd.Target([2], [2, 3], {caopd.Completion(tuple(ids), 40): 1})
     text = show.loss_table("opd", target, student, None, tokenizer, args)
     assert "   ... 16 more tokens of I_a\n" in text
     assert (text.count("   I_a  "), text.count("   I_c  ")) == (24, 3)

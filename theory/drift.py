@@ -110,7 +110,7 @@ def measure(directory: Path, questions: int = 48) -> list[list]:
         for level in np.round(LEVELS[:-1], 2):
             groups = []
             for example in task.held_out:
-                text = data.stated(example.demo, level)
+                text = data.with_confidence(example.demo, level)
                 messages = data.teacher_messages(example, task.wording, text, report=level)
                 ids = tokenizer.encode(text) + [tokenizer.eos_ids[0]]
                 groups.append(caopd.Group(example, tokenizer.chat(messages),

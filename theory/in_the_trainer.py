@@ -43,9 +43,9 @@ def targets_of(groups: list[caopd.Group], value: float | None = None) -> list[ca
     """ỹ and z̃ that state μ̂, or the same `value` everywhere."""
     tokenizer, targets = data.toy_tokenizer(), []
     for group in groups:
-        stated = caopd.mu_hat(group) if value is None else [value] * len(group.rollouts)
-        targets += caopd.make_targets(group, stated, [0.0] * len(stated), tokenizer, data.SYMBOLS,
-                                      "demo")
+        stated = caopd.mu_hat(group) if value is None else value
+        targets += caopd.make_targets(group, stated, [0.0] * len(group.rollouts), tokenizer,
+                                      data.SYMBOLS, "demo")
     return targets
 
 
@@ -53,7 +53,7 @@ def as_opd_reads(groups: list[caopd.Group], targets: list[caopd.Target]) -> list
     """The same completions with OPD's context z, whose demonstration says 1.00."""
     tokenizer = data.toy_tokenizer()
     return [replace(target, teacher_prompt=tokenizer.chat(data.teacher_messages(
-        group.example, data.SYMBOLS, data.stated(group.example.demo, 1.0))))
+        group.example, data.SYMBOLS, data.with_confidence(group.example.demo, 1.0))))
         for group, target in zip(groups, targets)]
 
 
@@ -62,7 +62,7 @@ def answer_logits(model: Transformer, prompts: list[list[int]],
                   targets: list[caopd.Target]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits at the tokens of I_a, [M, V], and how many rollouts each token stands for, [M]."""
     mask, _ = caopd.loss_masks(targets, 0)
-    shared = SharedPrefix(prompts, [t.completions for t in targets], model.device)
+    shared = SharedPrefix(prompts, [t.sequences for t in targets], model.device)
     return model.logits(caopd.hidden_states(model, shared, mask > 0)), mask[mask > 0]
 
 
@@ -118,7 +118,7 @@ def probability_of(model: Transformer, prompts: list[list[int]],
                    targets: list[caopd.Target]) -> float:
     """Mean probability that a completion states the confidence its target states."""
     _, mask = caopd.loss_masks(targets, 0)
-    shared = SharedPrefix(prompts, [t.completions for t in targets], model.device)
+    shared = SharedPrefix(prompts, [t.sequences for t in targets], model.device)
     logits = model.logits(caopd.hidden_states(model, shared, mask > 0))
     nll = caopd.replaced_token(logits, None, shared.targets[mask > 0])
     # Each completion's segment is as long as any other's: "\nConfidence: ", tenths, a digit, end.
