@@ -13,7 +13,7 @@ from pathlib import Path
 import jinja2
 import pytest
 
-import data
+import chat_template
 from data import Tokenizer
 from files import BadInput
 from make_templates import CHATS, TEMPLATES, TODAY, cases, write_tokenizer
@@ -36,7 +36,7 @@ def test_no_template_is_left_out():
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_template_renders_as_in_the_reference_library(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(data, "datetime", Clock)
+    monkeypatch.setattr(chat_template, "datetime", Clock)
     template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     write_tokenizer(tmp_path, template)
     assert [(chat, arguments) for chat, arguments, _ in EXPECTED[name]] == cases(template)
