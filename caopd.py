@@ -890,7 +890,7 @@ class Branches:
     """
 
     def __init__(self, tokenizer: Tokenizer, before: str):
-        ids = [tokenizer.encode(before + data.format_confidence(value)) for value in VALUES]
+        ids = [tokenizer.encode_rest(before + data.format_confidence(value)) for value in VALUES]
         self.start = os.path.commonprefix(ids)
         branches = [tuple(segment[len(self.start):]) for segment in ids]
         parents = list(dict.fromkeys(branch[:-1] for branch in branches))
@@ -1482,13 +1482,15 @@ def load_model(source: Path | None, config: Config, args: Args,
 
 
 def save(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
-    """Saves a Hugging Face directory. An old config.json is removed first and the new one written
-    last, so that a directory that has one is complete. Every rank calls it, and rank 0 writes."""
+    """Saves a Hugging Face directory. What tells of an old model goes first, its config.json too,
+    and the new one is written last, so that a directory that has one is complete. Every rank calls
+    it, and rank 0 writes."""
     model = model.for_inference()
     if not ranks.first():
         return
-    for outdated in (directory.parent / "results.json", directory / "config.json"):
-        outdated.unlink(missing_ok=True)
+    for outdated in ("../results.json", "README.md", "adapter/adapter_config.json",
+                     "adapter/adapter_model.safetensors", "config.json"):
+        (directory / outdated).unlink(missing_ok=True)
     tokenizer.save_pretrained(directory)
     model.save_pretrained(directory)
 
@@ -1531,7 +1533,8 @@ def make_results(start: Path, config: Config, tokenizer: Tokenizer, task: Task, 
             ranks.free_unused()
             save(model, tokenizer, out / name)
             if args.save_adapter and ranks.first():
-                model.save_adapter(out / name / "adapter", args.model or str(start))
+                origin = args.model if args.model and not args.sft_steps else str(start)
+                model.save_adapter(out / name / "adapter", origin)
         trained = {"seconds": time.perf_counter() - started}
         results[name] = trained | evaluate(
             model, tokenizer, task.held_out, task.wording, eval_sampling(args), args.seed,
@@ -1553,6 +1556,14 @@ def introduction(model: Transformer, task: Task, args: Args) -> str:
     return (f"{args.model or 'The embedded world'}: {weights:,} parameters{adapters} in "
             f"{args.dtype} on {model.device}, {len(task.held_out)} {args.split} questions, seed "
             f"{args.seed}.{order}")
+
+
+def refuse_to_write_over(origin: Path, args: Args, out: Path) -> None:
+    """A model in --out that the run itself would replace cannot be what the run starts from."""
+    for name in (["base"] if args.sft_steps else []) + args.method.split(","):
+        if origin.resolve() == (out / name).resolve():
+            raise BadInput(f"--model {args.model}: this run saves a model of its own there; choose "
+                           "another --out")
 
 
 def finished(out: Path, identity: dict) -> dict | None:
@@ -1579,6 +1590,7 @@ def run(args: Args) -> dict:
     began, device, out = time.perf_counter(), pick_device(args.device), Path(args.out)
     args = replace(args, dtype=pick_dtype(args, device))
     if origin := find_model(args.model):
+        refuse_to_write_over(origin, args, out)
         config = Config.from_pretrained(origin)
         tokenizer = Tokenizer.from_pretrained(origin, json.loads(args.template_args))
     else:

@@ -25,7 +25,8 @@ from files import (BadInput, an_object, from_json, parse_json, read_object, read
 
 # ------------------------------------------------------- y = (a, c): the confidence segment c
 
-SEGMENT = re.compile(r"(?:\*\*)?confidence\*{0,2}:[ \t*]*(\S*)", re.IGNORECASE)  # bold, perhaps
+# In bold or in quotes, perhaps, and with a space before the %.
+SEGMENT = re.compile(r"(?:\*\*)?confidence\*{0,2}:[ \t*]*(\S*(?:[ \t]+%)?)", re.IGNORECASE)
 NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(%?)")
 
 
@@ -67,11 +68,12 @@ def segment_start(text: str) -> int | None:
 def parse_confidence(text: str) -> float | None:
     """Reads val(c), the confidence that a completion states.
 
-    text: the whole completion. Its number may be written as `0.85` or as `85%`.
+    text: the whole completion. Its number may be written as `0.85`, `85%` or `85 %`.
     Returns a value in [0, 1], or None where there is no segment or no such number in it.
     """
     segments = confidence_segments(text)
-    number = segments and NUMBER.fullmatch(segments[-1][1].rstrip(".,;)*"))
+    written = "".join(segments[-1][1].split()) if segments else ""
+    number = NUMBER.fullmatch(written.rstrip(".,;)*\"'`”’"))
     if not number:
         return None
     value = float(number[1]) / (100 if number[2] else 1)
@@ -125,8 +127,9 @@ def replace_confidence(
     tokens, and then Eq. 7 would no longer leave the loss on I_a alone.
     """
     n, before = split_completion(tokenizer, ids)
-    segment = tokenizer.encode(before + format_confidence(value))
-    return ids[:n] + segment + [tokenizer.eos_ids[0]], n
+    segment = tokenizer.encode_rest(before + format_confidence(value))
+    end = ids[-1] if ids and ids[-1] in tokenizer.eos_ids else tokenizer.eos_ids[0]
+    return ids[:n] + segment + [end], n
 
 
 # ------------------------------------------------------- examples and kinds of questions
@@ -178,16 +181,24 @@ def as_it_is(value):
 
 # Arithmetic: the answer is the last number, as digits, and has to be whole.
 
+# Commas, as LaTeX writes them, too, and the spaces that do not end a line.
+THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|\\,|[\u00a0\u202f])(?=\d{3}(?!\d))")
+# A sign, which is none between two numbers, a currency, and digits with whatever joins them.
+WRITTEN_NUMBER = re.compile(r"((?<!\d)[-−])?[$€£]?((?:(?<!\.)\.)?\d(?:[\d.,/]*\d)?)")
+
+
 def without_commas(text: str) -> str:
-    """Takes the commas between thousands out of a text's numbers."""
-    return re.sub(r"(?<=\d),(?=\d{3})", "", text)
+    """Takes what separates thousands out of a text's numbers."""
+    return THOUSANDS.sub("", text)
 
 
 def last_number(text: str) -> str | None:
-    """Finds the last number, as digits: that of "$1,046.00" is 1046. None if it is not whole."""
-    numbers = re.findall(r"(-?\d+)(\.\d+)?", without_commas(text))
-    whole, decimals = numbers[-1] if numbers else (None, "")
-    return None if decimals.strip(".0") else whole
+    """Finds the last number, as digits: that of "$1,046.00" is 1046. None if it is not whole, such
+    as 0.5, 0,5 or 1/2."""
+    numbers = WRITTEN_NUMBER.findall(without_commas(text))
+    sign, digits = numbers[-1] if numbers else ("", "")
+    whole = re.fullmatch(r"(\d+)(?:\.0+)?", digits)
+    return ("-" if sign else "") + whole[1] if whole else None
 
 
 def change_a_digit(answer: str, rng: random.Random) -> str:
@@ -199,10 +210,12 @@ def change_a_digit(answer: str, rng: random.Random) -> str:
 
 # Multiple choice: the answer is a letter.
 
+A_LETTER = r"[\s:(*]*(?!(?-i:a|I)[ \t]+\w)([A-Z])\b(?![-'’]\w)"
 CHOICES = (
     re.compile(r"<answer>\s*([A-Z])\s*</answer>", re.IGNORECASE),
     # "Answer: X" and "the answer is (X)", and not the article of "the answer is a hard one".
-    re.compile(r"\banswer\b(?:\s+is)?[\s:(*]*(?!(?-i:a|I)[ \t]+\w)([A-Z])\b", re.IGNORECASE),
+    re.compile(r"\banswer\b[\s*]*(?:is\b|:)" + A_LETTER, re.IGNORECASE),
+    re.compile(r"\banswer\b" + A_LETTER, re.IGNORECASE),
     re.compile(r"^\W*([A-Z])\W*$", re.IGNORECASE))  # the letter alone
 
 
@@ -443,6 +456,15 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the tokenizers library raises nothing more specific
             raise BadInput(f"{self.origin}: {text[:60]!r} has no tokens ({error})") from None
+
+    def encode_rest(self, text: str) -> list[int]:
+        """Returns the token ids of a text that continues another one.
+
+        Tokenizers of SentencePiece's kind begin every text with a space, which belongs to no rest.
+        """
+        start = self.encode("0")
+        ids = self.encode("0" + text)
+        return ids[len(start):] if ids[:len(start)] == start else self.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         """Returns the text of token ids, without their special tokens."""

@@ -88,7 +88,7 @@ def claimed(out: Path) -> Iterator[None]:
             except BlockingIOError:
                 raise BadInput(f"--out {out}: another process is writing there; wait for it, or "
                                "choose another directory") from None
-            for pattern in (f"{UNFINISHED}*", f"*/{UNFINISHED}*"):
+            for pattern in (f"{UNFINISHED}*", f"*/{UNFINISHED}*", f"*/adapter/{UNFINISHED}*"):
                 for directory in out.glob(pattern):
                     shutil.rmtree(directory)
             yield

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import ranks
-from caopd import LOGITS_AT_ONCE, SAMPLED, Args, teacher_length
+from caopd import LOGITS_AT_ONCE, METHODS, SAMPLED, Args, teacher_length
 from data import Task, Tokenizer
 from files import BadInput
 from model import Config, Transformer
@@ -19,6 +19,8 @@ from model import Config, Transformer
 def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args,
                  device: torch.device) -> None:
     """Says what the run needs and what there is; refuses one that cannot fit, with what helps."""
+    if device.type == "cpu":  # An offloaded teacher lies in the same memory.
+        args = replace(args, teacher_device="same")
     prompts = [teacher_length(example, tokenizer, task.wording, args)
                for example in task.draw(64, "memory", 0)]
     longest = max(prompts) + args.rollouts * args.max_new_tokens
@@ -139,6 +141,8 @@ def weight_bytes(config: Config, args: Args, processes: int) -> WeightBytes:
         learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
         frozen, cast = every, 0
     averaged = every - in_layers if args.teacher_device == "cpu" else learned
+    if not any(METHODS[name].teacher for name in args.method.split(",")):
+        averaged = 0
     trained, moments = frozen * computed + learned * 2 * stored, 8 * learned
     teacher, passing, sampled = averaged * stored, 0 if args.recompute else cast, cast
     updating = 16 * config.vocab_size * config.hidden_size if stored == 2 else 0  # in float32

@@ -72,7 +72,7 @@ class Config:
     num_hidden_layers: int = within(1, 1024)
     num_attention_heads: int = within(1, 2 ** 12)
     num_key_value_heads: int = within(0, 2 ** 12, default=0)  # 0 is num_attention_heads
-    head_dim: int = within(0, 2 ** 12, default=0)  # 0 is hidden_size / num_attention_heads
+    head_dim: int = within(0, 2 ** 12, default=0)  # 0 is hidden_size / heads, qwen3: 128
     max_position_embeddings: int = within(1, 2 ** 31, default=2048)
     rms_norm_eps: float = within(0, 0.01, default=1e-6)
     rope_theta: float = within(2, 1e12, default=10000.0)
@@ -87,7 +87,8 @@ class Config:
     def __post_init__(self):
         heads = self.num_attention_heads
         self.num_key_value_heads = self.num_key_value_heads or heads
-        self.head_dim = self.head_dim or self.hidden_size // heads
+        default = 128 if self.model_type == "qwen3" else self.hidden_size // heads
+        self.head_dim = self.head_dim or default
         if heads % self.num_key_value_heads or self.head_dim % 2 or not self.head_dim:
             raise BadInput(f"{heads} heads of size {self.head_dim} cannot share "
                            f"{self.num_key_value_heads} key-value heads")

@@ -150,7 +150,9 @@ def run(args: Args) -> None:
 
 def find_models(args: Args) -> dict[str, Path]:
     """The models to look at, by name: --model where it is given, then what is in --out."""
-    found = {Path(args.model).name: find_model(args.model)} if args.model else {}
+    found, name = {}, Path(args.model).name
+    if args.model:  # One that is named like those in --out is shown by its path.
+        found[args.model if name in ("base", *METHODS) else name] = find_model(args.model)
     for name in ("base", *METHODS):
         if (Path(args.out) / name / "config.json").exists():  # written last: the model is complete
             found[name] = Path(args.out) / name

@@ -1735,6 +1735,65 @@ def test_a_finished_command_shows_its_results_and_does_nothing_else(tmp_path, ca
     assert "not in these results" not in again
 
 
+def test_an_interrupted_other_run_leaves_no_results_that_it_has_written_over(tmp_path, capsys):
+    """A finished run, another one in its place that is cut off, and the first command again."""
+    first = ["--method", "opd", "--out", str(tmp_path)]
+    assert caopd.main([*TINY, *first]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caopd, "step_gradient", interrupt)
+        assert caopd.main([*TINY, *first, "--seed", "1", "--sft-steps", "3"]) == 130
+    assert not (tmp_path / "results.json").exists()
+    capsys.readouterr()
+    assert caopd.main([*TINY, *first]) == 0
+    assert "has the results of this command" not in capsys.readouterr().out
+    assert [(row["stage"], row["step"]) for row in metrics(tmp_path)] == \
+        [("base", s) for s in range(6)] + [("opd", s) for s in range(4)]
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_nothing_that_tells_of_an_old_model_stays_beside_a_new_one(tmp_path, real_model):
+    flags = ["--model", str(real_model), "--out", str(tmp_path), *REAL, "--method", "opd"]
+    assert caopd.main([*flags, "--lora-rank", "2", "--save-adapter"]) == 0
+    adapter, card = tmp_path / "opd/adapter/adapter_model.safetensors", tmp_path / "opd/README.md"
+    assert adapter.exists() and card.exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("share.model_card", interrupt)
+        assert caopd.main([*flags, "--seed", "1"]) == 130
+    assert (tmp_path / "opd/model.safetensors").exists() and not card.exists()
+    assert not adapter.exists() and not (adapter.parent / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_an_adapter_names_the_model_that_it_was_trained_on(tmp_path, real_model, taught):
+    flags = ["--model", str(real_model), "--out", str(tmp_path), *REAL, "--method", "opd",
+             "--lora-rank", "2", "--save-adapter", "--sft-steps", str(2 * taught)]
+    assert caopd.main(flags) == 0
+    config = json.loads((tmp_path / "opd/adapter/adapter_config.json").read_text())
+    origin = Path(config["base_model_name_or_path"])
+    assert origin == (tmp_path / "base" if taught else real_model)
+    base, trained = (load_file(path / "model.safetensors") for path in (origin, tmp_path / "opd"))
+    adapter = load_file(tmp_path / "opd/adapter/adapter_model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    merged = base[f"{name}.weight"] + config["lora_alpha"] / config["r"] * b @ a
+    assert torch.allclose(merged, trained[f"{name}.weight"], atol=1e-7)
+
+
+def test_a_model_that_the_run_would_write_over_is_refused(tmp_path, real_model, capsys):
+    flags = ["--out", str(tmp_path), *REAL]
+    assert caopd.main(["--model", str(real_model), *flags, "--method", "opd", "--sft-steps",
+                       "1"]) == 0
+    for name, *more in (("opd", "--method", "caopd,opd"), ("base", "--sft-steps", "2")):
+        before = (tmp_path / name / "model.safetensors").read_bytes()
+        assert caopd.main(["--model", str(tmp_path / name), *flags, *more]) == 2
+        assert "choose another --out" in capsys.readouterr().err
+        assert (tmp_path / name / "model.safetensors").read_bytes() == before
+    assert caopd.main(["--model", str(tmp_path / "opd"), *flags, "--method", "caopd"]) == 0
+
+
 def test_results_are_made_again_for_other_questions_to_ask(tmp_path, real_model, capsys):
     train, evaluate = write(tmp_path / "t.jsonl", *ROWS["mcq"]), tmp_path / "e.jsonl"
 
@@ -2042,6 +2101,13 @@ def test_the_estimate_counts_what_evaluation_samples(monkeypatch):
               for n in (10_000, 20_000)]
     logits, cached = 10_000 * 1000 * (4 + 4 + 8 + 8), 10_000 * args.max_new_tokens * 2 * 4 * 2 * 4
     assert needed[1] - needed[0] == pytest.approx(logits + cached)
+
+
+def test_a_method_without_a_teacher_needs_no_memory_for_one():
+    config = Config("qwen3", 1000, 16, 24, 1, 4, 2, 4, tie_word_embeddings=True)
+    for methods, has_one in (("grpo,rlcr", False), ("grpo,opd", True)):
+        args = dataclasses.replace(parse_args([*TINY, "--method", methods]), dtype="float32")
+        assert (memory_needed(config, [20], args)["teacher"] > 0) == has_one
 
 
 def test_adapters_are_all_that_is_held_beside_the_model():

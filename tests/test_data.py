@@ -29,7 +29,9 @@ from files import BadInput
     ("Confidence: 0.8.5", None), ("Confidence: nan", None), ("Confidence: 1e-1", None),
     ("Confidence: 150%", None), ("Confidence: 0.9\nConfidence: ?", None),
     ("Confidence:\n0.5", None), ("**Confidence:** 0.9", 0.9), ("Confidence: **0.9**", 0.9),
-    ("**Confidence**: 0.9", 0.9), ("Confidence *: 0.9", None)])
+    ("**Confidence**: 0.9", 0.9), ("Confidence *: 0.9", None), ("Confidence: 1 %", 0.01),
+    ("Confidence: 85 % or so", 0.85), ("Confidence: 85\n%", None), ('"Confidence: 0.85"', 0.85),
+    ("`Confidence: 0.85`.", 0.85)])
 def test_parse_confidence(text, value):
     assert parse_confidence(text) == value
 
@@ -51,6 +53,47 @@ def test_replacement_keeps_the_answer_ids_and_states_the_value(answer):
         assert tokenizer.decode(new) == kept + "Confidence: 0.38"
         # A newline that was added is a part of the answer from now on.
         assert split_completion(tokenizer, new)[0] in (n, n + (not segment))
+
+
+def sentencepiece(prepend: bool) -> data.Tokenizer:
+    """A tokenizer in the layout of Llama 2's, which begins every text with a space."""
+    characters = ["▁", *"0123456789.:Confidence"]
+    vocabulary = dict.fromkeys(["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256)),
+                                *characters, "Co", "▁Co"])
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {token: i for i, token in enumerate(vocabulary)}, [("C", "o"), ("▁", "Co")],
+        unk_token="<unk>", byte_fallback=True))
+    if prepend:
+        backend.normalizer = tokenizers.normalizers.Sequence([
+            tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first",
+                                                                    split=False)
+    backend.decoder = tokenizers.decoders.Sequence([
+        tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(),
+        tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["</s>"])
+    return data.Tokenizer(backend, {"eos_token": "</s>", "chat_template": "{{ messages }}"}, {})
+
+
+@pytest.mark.parametrize("prepend", [False, True])
+@pytest.mark.parametrize("text", ["46\nConfidence: 0.85", "46 Confidence: 0.85", "46"])
+def test_a_segment_that_is_put_in_begins_with_no_space_of_its_own(prepend, text):
+    tokenizer = sentencepiece(prepend)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    ids = [*tokenizer.encode(text), *tokenizer.eos_ids]
+    new, n = replace_confidence(tokenizer, ids, 0.85)
+    if "Confidence" in text:
+        assert new == ids
+    assert tokenizer.decode(new) == (text if "Confidence" in text else "46\nConfidence: 0.85")
+
+
+def test_a_completion_keeps_the_end_token_that_it_ended_with():
+    tokenizer = toy_tokenizer()
+    tokenizer.eos_ids = [1, 2]
+    for end, kept in (([2], 2), ([1], 1), ([], 1)):
+        new, _ = replace_confidence(tokenizer, tokenizer.encode("64") + end, 0.5)
+        assert new[-1] == kept
 
 
 @pytest.mark.parametrize("text, replaced, stated, right", [
@@ -158,6 +201,13 @@ CALL = [{"Action": "search", "Action_Input": '{"q": "x", "n": 2}'}]
     ("arithmetic", "18", "She makes $18.00.", True), ("arithmetic", "46", "3.46", False),
     ("arithmetic", "1046", "$1,046.0 a day", True), ("arithmetic", "18", "18.50", False),
     ("arithmetic", "46", "", False), ("arithmetic", "01", "01\nConfidence: 1.00", True),
+    ("arithmetic", "46", "−46", False), ("arithmetic", "-46", "−46", True),
+    ("arithmetic", "-46", "-$46", True), ("arithmetic", "46", "50-46", True),
+    ("arithmetic", "46", ".46", False), ("arithmetic", "46", "so ...46.", True),
+    ("arithmetic", "46", "0,46", False), ("arithmetic", "46", "1/46", False),
+    ("arithmetic", "1046", r"\boxed{1{,}046}", True), ("arithmetic", "1046", "1\u202f046", True),
+    ("arithmetic", "123456", "12,3456", False), ("arithmetic", "1234567", "1,234,567.00", True),
+    ("arithmetic", "7", "3, 5, 7", True), ("arithmetic", "7", "3.5.7", False),
     ("mcq", "B", "<answer>\nB\n</answer>", True), ("mcq", "B", "<answer>b</answer>", True),
     ("mcq", "B", "B", True), ("mcq", "B", "The answer is (B).", True),
     ("mcq", "B", "<answer>A</answer> no: <answer>B</answer>", True),
@@ -169,6 +219,9 @@ CALL = [{"Action": "search", "Action_Input": '{"q": "x", "n": 2}'}]
     ("mcq", "C", "Answer: C. The other answers are wrong.", True),
     ("mcq", "A", "The answer is a\nbecause of it", True),
     ("mcq", "B", "Answer: BC", False), ("mcq", "B", "A: 1 B: 2", False),
+    ("mcq", "B", "The answer is B. Answer A is wrong because it is polar.", True),
+    ("mcq", "B", "**Answer**: B\nNote that answer C is tempting.", True),
+    ("mcq", "C", "The answer is C-H bond cleavage.", False), ("mcq", "D", "Answer D", True),
     ("tool", CALL, 'Action: search\nAction Input: {"n": 2, "q": "x"}', True),
     ("tool", CALL, 'Thought: so\nAction: search\nAction_Input: {"q":"x","n":2} end', True),
     ("tool", CALL, 'Action: search\nAction Input: {"q": "x"}', False),

@@ -26,6 +26,11 @@ KINDS = [dict(model_type="llama"), dict(model_type="qwen2"), dict(model_type="qw
               layer_types=["sliding_attention", "full_attention"])]
 
 
+def test_the_size_of_a_head_is_that_of_the_reference_where_a_config_has_none():
+    sizes = {kind: Config(kind, 10, 64, 8, 1, 4).head_dim for kind in ("llama", "qwen2", "qwen3")}
+    assert sizes == {"llama": 16, "qwen2": 16, "qwen3": 128}
+
+
 def family(changes: dict) -> str:
     return changes["model_type"]
 
