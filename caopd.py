@@ -1062,7 +1062,8 @@ class Args:
                       "the share of --train that is held out, such as 0.1")
     out: str = flag(RUN, NOTHING, "", "directory for results, metrics and models (default out/toy, "
                     "or out/TASK with --model)")
-    overwrite: bool = flag(RUN, NOTHING, False, "do again what --out has the results of already")
+    overwrite: bool = flag(RUN, NOTHING, False, "train and evaluate again what --out has the "
+                          "results of; a base of the same settings is used again")
     seed: int = flag(RUN, ALL, 0, "seed of everything random")
     track: str = flag(RUN, NOTHING, "", "also send figures and samples to one of these, which has "
                       "to be installed", TRACKERS)
@@ -1087,8 +1088,9 @@ class Args:
     save_adapter: bool = flag(DISTILL, NOTHING, False, "also save the adapters alone, in PEFT's "
                               "format, in METHOD/adapter")
     clip: float = flag(DISTILL, ALL, 1.0, "largest gradient norm")
-    divergence: str = flag(DISTILL, METHOD, "reverse", "of the answer: KL(student||teacher) as in "
-                           "Eq. 2, KL(teacher||student), or Jensen-Shannon", tuple(DIVERGENCES))
+    divergence: str = flag(DISTILL, METHOD, "reverse", "of the answer, and of a confidence that "
+                           "is not replaced: KL(student||teacher) as in Eq. 2, "
+                           "KL(teacher||student), or Jensen-Shannon", tuple(DIVERGENCES))
     confidence_divergence: str = flag(DISTILL, METHOD, "forward", "of a replaced confidence: "
                                       "reverse is Eq. 7's and goes to a mode of mu_hat, forward "
                                       "the released code's and keeps its mean", tuple(DIVERGENCES))
@@ -1123,7 +1125,8 @@ class Args:
     width: int = flag(TOY, ALL, 128, "hidden size")
     layers: int = flag(TOY, ALL, 3, "number of layers")
 
-    eval_questions: int = flag(EVAL, NOTHING, 1200, "ask at most N held-out questions", real=500)
+    eval_questions: int = flag(EVAL, NOTHING, 1200, "ask N held-out questions, or all of a "
+                               "file's; generated ones can come twice", real=500)
     eval_temperature: float = flag(EVAL, NOTHING, 1.0, "sampling temperature; 1 is where mu_hat is "
                                    "measured")
     eval_top_p: float = flag(EVAL, NOTHING, 1.0, "nucleus sampling")
@@ -1132,7 +1135,7 @@ class Args:
                               "evaluates: temperature 0.6, top-p 0.95; 0 leaves it out", real=4)
     oracle: int = flag(EVAL, NOTHING, 4, "also estimate each question's success rate mu(x) from N "
                        "samples: what a confidence c = mu(x) would score; 0 leaves it out")
-    split: str = flag(EVAL, NOTHING, "held-out", "validation asks a further fifth of the training "
+    split: str = flag(EVAL, NOTHING, "held-out", "validation asks a further fifth of the "
                       "questions, and leaves them out of training: for choosing settings",
                       data.SPLITS)
 
@@ -1142,17 +1145,18 @@ class Args:
                       "multiplies it natively, else float32", ("auto", "float32", "bfloat16"))
     rounding: str = flag(HARDWARE, ALL, "nearest", "for bfloat16: nearest keeps float32 master "
                          "weights of student and teacher; stochastic keeps only bfloat16, rounded "
-                         "at random and right on average, in 14 bytes per weight instead of 22",
+                         "at random and right on average, in 14 bytes per weight instead of 20",
                          ("nearest", "stochastic"))
     recompute: bool = flag(HARDWARE, NOTHING, False, "activation checkpointing: keep each layer's "
-                           "input alone, a third slower, several times less memory a token")
+                           "input alone and compute the layer again, in several times less memory "
+                           "per token; a step has taken up to 15 % longer (tests/BENCH.md)")
     teacher_device: str = flag(HARDWARE, NOTHING, "same", "cpu offloads the teacher's layers to "
                                "main memory and brings them over one at a time", ("same", "cpu"))
     micro_tokens: int = flag(HARDWARE, METHOD, 16384, "tokens computed at once; lower it when "
                              "memory runs out: the loss stays the same, samples are drawn in "
                              "another order", real=4096)
-    save_every: int = flag(HARDWARE, NOTHING, 50, "steps between checkpoints; an interrupted run "
-                           "goes on from the last one")
+    save_every: int = flag(HARDWARE, NOTHING, 50, "updates between checkpoints, ten times as many "
+                           "in the supervised stage; an interrupted run goes on from the last one")
 
 
 class Parser(argparse.ArgumentParser):
