@@ -827,16 +827,19 @@ def reliability(confidence: np.ndarray, correct: np.ndarray) -> list[dict]:
              "accuracy": float(r[m].mean()) if m.any() else math.nan} for m in members]
 
 
-def bootstrap(confidence: np.ndarray, correct: np.ndarray) -> dict:
-    """Standard error of each figure of `calibration`: over 200 draws of the questions, with
-    replacement.
+def bootstrap(confidence: np.ndarray, correct: np.ndarray, questions: Sequence[str]) -> dict:
+    """Standard error of each figure of `calibration`: over 200 draws of the different questions,
+    with replacement, each with all of its answers.
 
-    confidence, correct: [Q, S], S answers to each of Q questions.
+    confidence, correct: [N] answers; questions: what each of them answers, [N].
     """
+    index = {question: q for q, question in enumerate(dict.fromkeys(questions))}
+    which = np.array([index[question] for question in questions])
+    answers = np.split(np.argsort(which, kind="stable"), np.bincount(which).cumsum()[:-1])
     rng, drawn = np.random.default_rng(0), []
     for _ in range(200):
-        rows = rng.integers(len(correct), size=len(correct))
-        drawn.append(calibration(confidence[rows].ravel(), correct[rows].ravel()))
+        rows = np.concatenate([answers[q] for q in rng.integers(len(index), size=len(index))])
+        drawn.append(calibration(confidence[rows], correct[rows]))
     errors = {}
     for key in drawn[0]:
         values = [figures[key] for figures in drawn if not math.isnan(figures[key])]
@@ -923,10 +926,10 @@ def ask(model: Transformer, tokenizer: Tokenizer, examples: list[Example], wordi
 
 
 def stated_and_correct(groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
-    """(confidence, correct), [Q, S] each; NaN where no confidence could be parsed."""
-    stated = [[rollout.confidence for rollout in group.rollouts] for group in groups]
-    correct = [[rollout.correct for rollout in group.rollouts] for group in groups]
-    return np.array(stated, dtype=float), np.array(correct, dtype=float)
+    """(confidence, correct) of all answers, [N] each; NaN where no confidence could be parsed."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    return (np.array([rollout.confidence for rollout in rollouts], dtype=float),
+            np.array([rollout.correct for rollout in rollouts], dtype=float))
 
 
 PAPER = {"temperature": 0.6, "top_p": 0.95}  # how the paper samples what it evaluates
@@ -949,9 +952,10 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     generator = seeded(seed, "evaluation", 1, model.device)
     groups = ask(model, tokenizer, examples, wording, samples, sampling, generator, name)
     confidence, correct = stated_and_correct(groups)
+    questions = [group.example.question for group in groups]
     with finite_logits(f"{name}, evaluation", tokenizer):
         p = confidence_distribution(model, tokenizer, groups, sampling.micro_tokens)
-    answers = {"confidence": confidence.ravel(), "correct": correct.ravel(), "p": p}
+    answers = {"confidence": confidence, "correct": correct, "p": p}
     if oracle_samples:
         # The number of samples stands where the answers above have 1: these are other samples.
         generator = seeded(seed, "evaluation", oracle_samples, model.device)
@@ -959,18 +963,19 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
         answers["mu"] = np.repeat([mu_hat(group) for group in others], samples)
     grades = np.repeat([str(group.example.grade) for group in groups], samples)
     figures = every_readout(**answers, samples=oracle_samples) | {
-        "questions": len(groups), "stderr": bootstrap(confidence, correct),
+        "questions": len(groups),
+        "stderr": bootstrap(confidence, correct, np.repeat(questions, samples)),
         "truncated": fmean(rollout.truncated for group in groups for rollout in group.rollouts),
-        "reliability": reliability(answers["confidence"], answers["correct"]),
+        "reliability": reliability(confidence, correct),
         "by_grade": {grade: every_readout(samples=oracle_samples, **{
-            name: values[grades == grade] for name, values in answers.items()})
+            key: values[grades == grade] for key, values in answers.items()})
             for grade in dict.fromkeys(grades.tolist())}}
     if paper_samples:
         generator, sampling = seeded(seed, "paper", 1, model.device), replace(sampling, **PAPER)
         groups = ask(model, tokenizer, examples, wording, paper_samples, sampling, generator, name)
         confidence, correct = stated_and_correct(groups)
-        figures["paper"] = calibration(confidence.ravel(), correct.ravel()) | {
-            "stderr": bootstrap(confidence, correct)}
+        figures["paper"] = calibration(confidence, correct) | {
+            "stderr": bootstrap(confidence, correct, np.repeat(questions, paper_samples))}
     return figures
 
 

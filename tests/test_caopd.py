@@ -107,19 +107,21 @@ def test_calibration_refuses_nonsense(c, r):
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
 def test_the_standard_error_of_accuracy_is_the_binomials(p):
     n = 500
-    correct = np.arange(n)[:, None] < p * n
-    stderr = caopd.bootstrap(np.random.default_rng(1).random((n, 1)), correct)
+    correct = np.arange(n) < p * n
+    stderr = caopd.bootstrap(np.random.default_rng(1).random(n), correct, range(n))
     assert stderr["accuracy"] == pytest.approx((p * (1 - p) / n) ** 0.5, rel=0.15)
 
 
 def test_the_standard_error_is_over_questions_and_not_over_answers():
     """Eight equal answers to a question say no more than one of them does."""
     rng = np.random.default_rng(2)
-    confidence, correct = rng.random((200, 1)), rng.random((200, 1)) < 0.4
-    once = caopd.bootstrap(confidence, correct)
-    often = caopd.bootstrap(confidence.repeat(8, axis=1), correct.repeat(8, axis=1))
-    assert often == pytest.approx(once)
-    independent = caopd.bootstrap(rng.random((200, 8)), rng.random((200, 8)) < 0.4)
+    confidence, correct, asked = rng.random(200), rng.random(200) < 0.4, range(200)
+    once = caopd.bootstrap(confidence, correct, asked)
+    often = [np.repeat(x, 8) for x in (confidence, correct, asked)]
+    assert caopd.bootstrap(*often) == pytest.approx(once)
+    again = [np.tile(x, 8) for x in (confidence, correct, asked)]  # the questions come again later
+    assert caopd.bootstrap(*again) == pytest.approx(once)
+    independent = caopd.bootstrap(rng.random(1600), rng.random(1600) < 0.4, np.repeat(asked, 8))
     assert independent["accuracy"] < 0.6 * once["accuracy"]
 
 
@@ -375,8 +377,8 @@ def test_estimators_from_samples_need_temperature_one(name):
 
 def test_bootstrap_passes_over_resamples_without_a_figure():
     """SPR does not exist in a resample without the one wrong answer."""
-    confidence, correct = np.full((6, 1), 0.5), np.array([[1.0]] * 5 + [[0.0]])
-    assert caopd.bootstrap(confidence, correct)["spr"] == 0
+    confidence, correct = np.full(6, 0.5), np.array([1.0] * 5 + [0.0])
+    assert caopd.bootstrap(confidence, correct, range(6))["spr"] == 0
 
 
 def test_a_reference_without_an_answer_agrees_with_none(world):

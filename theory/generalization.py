@@ -51,7 +51,7 @@ def ask_both(directory: Path, name: str, grades: tuple[str, ...], questions: int
         samples = max(1, questions // len(asked))  # answers to each, where there are few
         groups = caopd.ask(model, data.toy_tokenizer(), asked, task.wording, samples, sampling,
                            generator, name)
-        figures = caopd.calibration(*(v.ravel() for v in caopd.stated_and_correct(groups)))
+        figures = caopd.calibration(*caopd.stated_and_correct(groups))
         columns.append([figures[key] for key in ("accuracy", "mean_confidence", "ocg")])
     return np.array(columns).T
 

@@ -186,7 +186,7 @@ def both_conventions(models: dict[str, Transformer], seed: int) -> None:
         generator = caopd.seeded(seed, "in the trainer", 1, model.device)
         groups = caopd.ask(model.for_inference(), data.toy_tokenizer(), task.held_out, task.wording,
                            4, sampling, generator, name)
-        c, r = (values.ravel() for values in caopd.stated_and_correct(groups))
+        c, r = caopd.stated_and_correct(groups)
         ours = caopd.calibration(c, r)
         rows.append([caopd.title(name), ours["format"], ours["ece"], released_ece(c, r)])
     print(f"\n  ECE at temperature 0.6 and top-p 0.95, 4 answers to {len(groups)} questions:\n")
