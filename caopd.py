@@ -295,7 +295,7 @@ def log_probs(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, T
 
 
 def log_probs_of(tokens: Tensor, *logits: Tensor) -> tuple[Tensor, ...]:
-    """The same of the tokens that stand there, [M]."""
+    """log π_θ and log π_T of the given tokens, [M] each."""
     return tuple(x.gather(-1, tokens[:, None])[:, 0] for x in log_probs(*logits))
 
 
@@ -827,18 +827,17 @@ def reliability(confidence: np.ndarray, correct: np.ndarray) -> list[dict]:
              "accuracy": float(r[m].mean()) if m.any() else math.nan} for m in members]
 
 
-def bootstrap(confidence: np.ndarray, correct: np.ndarray, questions: Sequence[str]) -> dict:
+def bootstrap(confidence: np.ndarray, correct: np.ndarray, questions: Sequence[int]) -> dict:
     """Standard error of each figure of `calibration`: over 200 draws of the different questions,
     with replacement, each with all of its answers.
 
-    confidence, correct: [N] answers; questions: what each of them answers, [N].
+    confidence, correct: [N] answers; questions: the number, from 0, of what each answers, [N].
     """
-    index = {question: q for q, question in enumerate(dict.fromkeys(questions))}
-    which = np.array([index[question] for question in questions])
-    answers = np.split(np.argsort(which, kind="stable"), np.bincount(which).cumsum()[:-1])
+    order, last = np.argsort(questions, kind="stable"), np.bincount(questions).cumsum()
+    answers = np.split(order, last[:-1])  # of each question
     rng, drawn = np.random.default_rng(0), []
     for _ in range(200):
-        rows = np.concatenate([answers[q] for q in rng.integers(len(index), size=len(index))])
+        rows = np.concatenate([answers[q] for q in rng.integers(len(answers), size=len(answers))])
         drawn.append(calibration(confidence[rows], correct[rows]))
     errors = {}
     for key in drawn[0]:
@@ -952,7 +951,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     generator = seeded(seed, "evaluation", 1, model.device)
     groups = ask(model, tokenizer, examples, wording, samples, sampling, generator, name)
     confidence, correct = stated_and_correct(groups)
-    questions = [group.example.question for group in groups]
+    asked = [(example.system, example.question) for example in examples]
+    questions = list(map({pair: q for q, pair in enumerate(dict.fromkeys(asked))}.get, asked))
     with finite_logits(f"{name}, evaluation", tokenizer):
         p = confidence_distribution(model, tokenizer, groups, sampling.micro_tokens)
     answers = {"confidence": confidence, "correct": correct, "p": p}
@@ -1130,8 +1130,8 @@ class Args:
     width: int = flag(TOY, ALL, 128, "hidden size")
     layers: int = flag(TOY, ALL, 3, "number of layers")
 
-    eval_questions: int = flag(EVAL, NOTHING, 1200, "ask N held-out questions, or all of a "
-                               "file's; generated ones can come twice", real=500)
+    eval_questions: int = flag(EVAL, NOTHING, 1200, "ask N held-out questions, at most as "
+                               "many as a file has; generated ones can come twice", real=500)
     eval_temperature: float = flag(EVAL, NOTHING, 1.0, "sampling temperature; 1 is where mu_hat is "
                                    "measured")
     eval_top_p: float = flag(EVAL, NOTHING, 1.0, "nucleus sampling")
@@ -1171,7 +1171,8 @@ class Parser(argparse.ArgumentParser):
 
 def argument(field: dataclasses.Field) -> dict:
     """What argparse has to know of a field of Args: its type, and the help with its defaults."""
-    help, choices, default = field.metadata["help"], field.metadata["choices"], field.default
+    help = field.metadata["help"].replace("%", "%%")  # argparse fills in what a % announces
+    choices, default = field.metadata["choices"], field.default
     if field.type is bool:
         return {"action": "store_true", "help": help}
     if field.type is list:
@@ -1491,13 +1492,16 @@ def load_model(source: Path | None, config: Config, args: Args,
 
 
 def save(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
-    """Saves a Hugging Face directory. What tells of an old model goes first, its config.json too,
-    and the new one is written last, so that a directory that has one is complete. Every rank calls
-    it, and rank 0 writes."""
+    """Saves a Hugging Face directory. Every rank calls it, and rank 0 writes.
+
+    Removes first what describes an old model: results, card, adapter, config.json. The new
+    config.json is written last, so that a directory that has one is complete.
+    """
     model = model.for_inference()
     if not ranks.first():
         return
-    for outdated in ("../results.json", "README.md", "adapter/adapter_config.json",
+    (directory.parent / "results.json").unlink(missing_ok=True)
+    for outdated in ("README.md", "adapter/adapter_config.json",
                      "adapter/adapter_model.safetensors", "config.json"):
         (directory / outdated).unlink(missing_ok=True)
     tokenizer.save_pretrained(directory)

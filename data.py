@@ -25,8 +25,9 @@ from files import (BadInput, an_object, from_json, parse_json, read_object, read
 
 # ------------------------------------------------------- y = (a, c): the confidence segment c
 
-# In bold or in quotes, perhaps, and with a space before the %.
-SEGMENT = re.compile(r"(?:\*\*)?confidence\*{0,2}:[ \t*]*(\S*(?:[ \t]+%)?)", re.IGNORECASE)
+# It may be in bold or in quotes, and have a space before the %.
+SEGMENT = re.compile(r"(?:\*\*|[\"'`“‘])?confidence\*{0,2}:[ \t*\"'`“‘]*(\S*(?:[ \t]+%)?)",
+                     re.IGNORECASE)
 NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(%?)")
 
 
@@ -181,10 +182,11 @@ def as_it_is(value):
 
 # Arithmetic: the answer is the last number, as digits, and has to be whole.
 
-# Commas, as LaTeX writes them, too, and the spaces that do not end a line.
+# Thousands are separated by a comma, by LaTeX's {,} or \, or by a no-break space.
 THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|\\,|[\u00a0\u202f])(?=\d{3}(?!\d))")
-# A sign, which is none between two numbers, a currency, and digits with whatever joins them.
-WRITTEN_NUMBER = re.compile(r"((?<!\d)[-−])?[$€£]?((?:(?<!\.)\.)?\d(?:[\d.,/]*\d)?)")
+FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+# A sign, which is none directly behind a digit, a currency, and digits with what joins them.
+WRITTEN_NUMBER = re.compile(r"((?<!\d)[-−])?(?:\\?[$€£])?((?:(?<!\.)\.)?\d(?:[\d.,/]*\d)?)")
 
 
 def without_commas(text: str) -> str:
@@ -193,9 +195,11 @@ def without_commas(text: str) -> str:
 
 
 def last_number(text: str) -> str | None:
-    """Finds the last number, as digits: that of "$1,046.00" is 1046. None if it is not whole, such
-    as 0.5, 0,5 or 1/2."""
-    numbers = WRITTEN_NUMBER.findall(without_commas(text))
+    """Finds the last number, as digits: that of "$1,046.00" is 1046.
+
+    Returns None where there is none, or where it is not whole, such as 0.5, 0,5 or 1/2.
+    """
+    numbers = WRITTEN_NUMBER.findall(FRACTION.sub(r"\1/\2", without_commas(text)))
     sign, digits = numbers[-1] if numbers else ("", "")
     whole = re.fullmatch(r"(\d+)(?:\.0+)?", digits)
     return ("-" if sign else "") + whole[1] if whole else None
@@ -391,7 +395,8 @@ class Tokenizer:
     origin: where the tokenizer came from, for messages.
     template_args: variables for the chat template, such as {"enable_thinking": False}.
 
-    eos_ids holds the tokens that end a completion. Completions that we write end with the first.
+    eos_ids holds the tokens that end a completion. Completions that we write end with the
+    first; one whose confidence is replaced keeps its own.
     Raises BadInput where there is no end token, or no chat template that compiles.
     """
 

@@ -140,9 +140,8 @@ def weight_bytes(config: Config, args: Args, processes: int) -> WeightBytes:
         model.add_adapters(args.lora_rank, 1.0)
         learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
         frozen, cast = every, 0
-    averaged = every - in_layers if args.teacher_device == "cpu" else learned
-    if not any(METHODS[name].teacher for name in args.method.split(",")):
-        averaged = 0
+    taught = any(METHODS[name].teacher for name in args.method.split(","))
+    averaged = taught * (every - in_layers if args.teacher_device == "cpu" else learned)
     trained, moments = frozen * computed + learned * 2 * stored, 8 * learned
     teacher, passing, sampled = averaged * stored, 0 if args.recompute else cast, cast
     updating = 16 * config.vocab_size * config.hidden_size if stored == 2 else 0  # in float32
@@ -152,7 +151,7 @@ def weight_bytes(config: Config, args: Args, processes: int) -> WeightBytes:
         outside = 2 * computed if args.lora_rank else 3 * stored + 4
         passing = outside * (every - in_layers) + (
             3 * computed * in_layers / config.num_hidden_layers)
-        sampled, teacher = computed * every, teacher + computed * frozen
+        sampled, teacher = computed * every, teacher + taught * computed * frozen
         trained, moments, teacher, updating = (
             spread / processes for spread in (trained, moments, teacher, updating))
     return WeightBytes(trained, moments, teacher, passing, sampled, updating)

@@ -810,9 +810,10 @@ class KVCache(Attend):
     """Keys and values of all tokens so far, so that a decoding step computes one token a row.
 
     A row is a running completion, and K rows share a prompt. A layer stores, for each prompt, its P
-    keys once, and after them R · K places for its rows' own: K for each of R steps to come. The
-    time of decoding is that of reading the keys. So all rows of a prompt meet all keys of it, the
-    other rows' too, in one product that reads them once, and the mask hides those of other rows.
+    keys once, and after them R · K places for its rows' own: K for each of R steps to come. In
+    decoding, attention spends its time on reading the keys. So all rows of a prompt meet all keys
+    of it, the other rows' too, in one product that reads them once, and the mask hides those of
+    other rows.
 
     prefill: a Packed(keep_kv=True) that has read the prompts; lengths: of the B prompts;
     samples: K; room: R, how many tokens each row may append.

@@ -91,6 +91,6 @@ def warmup_cosine(step: int, steps: int, warmup: int) -> float:
 
 
 def warmup_stable_decay(step: int, steps: int) -> float:
-    """The same in the supervised stage: up over the first tenth, constant while the documents
-    change, then linearly to zero over the last 30 %."""
+    """Share of the peak learning rate in the supervised stage: linear up over the first tenth,
+    constant, and over the last 30 % linear down to zero."""
     return min(1.0, 10 * (step + 1) / steps, (steps - step) / (0.3 * steps))

@@ -283,7 +283,7 @@ def ask_table(example: Example, rows: dict[str, Reply], args: Args) -> str:
         answer = f"{shorten(usual(its.answer), width - 8)} ({its.count}×)"
         states = "nothing" if its.stated is None else f"{its.stated:.2f}"
         right = f"{its.correct} of {args.rollouts}" if example.answer else "unknown"
-        lines.append(f"    {title(name)[:14]:14}{answer:>{width}}{states:>12}{its.expected:>10.2f}"
+        lines.append(f"    {shorten(title(name), 14):14}{answer:>{width}}{states:>12}{its.expected:>10.2f}"
                      f"{right:>12}")
     return "\n".join(lines)
 

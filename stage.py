@@ -86,8 +86,12 @@ class Stage:
                         if key.startswith("student.") and "down_proj" in key][-1]
         self.at_start = self.watched.clone()
         if ranks.first():
-            if self.start == 0:  # The results there tell of rows and models that are made again.
-                (out / "results.json").unlink(missing_ok=True)
+            if self.start == 0:
+                # Its rows and its model are made anew: what was made of the old ones, or would go
+                # on from them, goes first.
+                for outdated in (out / "results.json", out / name / "settings.json",
+                                 self.checkpoint.path):
+                    outdated.unlink(missing_ok=True)
             self.drop_rows_from(self.start)
 
     def steps(self, total: int) -> Iterator[int]:

@@ -36,6 +36,7 @@ from files import BadInput
 from memory import memory_needed
 from model import Config, Transformer
 from stage import TROUBLE, Stage
+from test_data import sentencepiece
 
 TINY = ["--width", "16", "--layers", "1", "--sft-steps", "6", "--sft-documents", "8",
         "--steps", "4", "--prompts", "4", "--rollouts", "3", "--eval-questions", "24",
@@ -1741,18 +1742,38 @@ def test_an_interrupted_other_run_leaves_no_results_that_it_has_written_over(tmp
     """A finished run, another one in its place that is cut off, and the first command again."""
     first = ["--method", "opd", "--out", str(tmp_path)]
     assert caopd.main([*TINY, *first]) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(caopd, "step_gradient", interrupt)
-        assert caopd.main([*TINY, *first, "--seed", "1", "--sft-steps", "3"]) == 130
-    assert not (tmp_path / "results.json").exists()
-    capsys.readouterr()
-    assert caopd.main([*TINY, *first]) == 0
-    assert "has the results of this command" not in capsys.readouterr().out
-    assert [(row["stage"], row["step"]) for row in metrics(tmp_path)] == \
-        [("base", s) for s in range(6)] + [("opd", s) for s in range(4)]
+    rows = without_seconds(metrics(tmp_path))
+    for where, other in (("step_gradient", ["--lr", "1e-5"]), ("cross_entropy", ["--seed", "1"])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(caopd, where, interrupt)
+            assert caopd.main([*TINY, *first, *other]) == 130
+        assert not (tmp_path / "results.json").exists()
+        capsys.readouterr()
+        assert caopd.main([*TINY, *first]) == 0
+        assert "has the results of this command" not in capsys.readouterr().out
+        assert without_seconds(metrics(tmp_path)) == rows
 
 
-def interrupt(*_):
+def test_a_run_never_goes_on_from_a_checkpoint_whose_rows_another_one_dropped(tmp_path):
+    flags = [*TINY, "--method", "opd", "--save-every", "1", "--out", str(tmp_path)]
+
+    def cut_off(after: int, *more: str) -> None:
+        step, calls = caopd.step_gradient, itertools.count()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(caopd, "step_gradient",
+                          lambda *args: step(*args) if next(calls) < after else interrupt())
+            assert caopd.main([*flags, *more]) == 130
+    cut_off(3)
+    cut_off(0, "--lr", "1e-5")
+    assert caopd.main(flags) == 0
+    assert [row["step"] for row in metrics(tmp_path) if row["stage"] == "opd"] == [0, 1, 2, 3]
+
+
+def without_seconds(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
@@ -2105,11 +2126,34 @@ def test_the_estimate_counts_what_evaluation_samples(monkeypatch):
     assert needed[1] - needed[0] == pytest.approx(logits + cached)
 
 
-def test_a_method_without_a_teacher_needs_no_memory_for_one():
+@pytest.mark.parametrize("flags, processes", [
+    ([], 1), (["--teacher-device", "cpu"], 1), ([], 4), (["--lora-rank", "3"], 4)])
+def test_a_method_without_a_teacher_needs_no_memory_for_one(flags, processes):
     config = Config("qwen3", 1000, 16, 24, 1, 4, 2, 4, tie_word_embeddings=True)
     for methods, has_one in (("grpo,rlcr", False), ("grpo,opd", True)):
-        args = dataclasses.replace(parse_args([*TINY, "--method", methods]), dtype="float32")
-        assert (memory_needed(config, [20], args)["teacher"] > 0) == has_one
+        args = dataclasses.replace(parse_args([*TINY, "--method", methods, *flags]),
+                                   dtype="float32")
+        assert (memory_needed(config, [20], args, processes)["teacher"] > 0) == has_one
+
+
+def test_help_tells_of_every_flag(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and "up to 15 % longer" in " ".join(text.split())
+    for field in dataclasses.fields(Args):
+        assert f"--{field.name.replace('_', '-')} " in text + " "
+
+
+@pytest.mark.parametrize("prepend", [False, True])
+def test_the_segments_whose_probability_is_read_are_those_that_are_put_in(prepend):
+    tokenizer = sentencepiece(prepend)
+    branches = caopd.Branches(tokenizer, "\n")
+    ids = tokenizer.encode("46")
+    for i, value in enumerate(caopd.VALUES):
+        put_in, n = data.replace_confidence(tokenizer, ids, value)
+        read = branches.start + branches.tokens[i][branches.real[i] > 0].tolist()
+        assert put_in[n:-1] == read
 
 
 def test_adapters_are_all_that_is_held_beside_the_model():

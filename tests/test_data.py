@@ -31,7 +31,7 @@ from files import BadInput
     ("Confidence:\n0.5", None), ("**Confidence:** 0.9", 0.9), ("Confidence: **0.9**", 0.9),
     ("**Confidence**: 0.9", 0.9), ("Confidence *: 0.9", None), ("Confidence: 1 %", 0.01),
     ("Confidence: 85 % or so", 0.85), ("Confidence: 85\n%", None), ('"Confidence: 0.85"', 0.85),
-    ("`Confidence: 0.85`.", 0.85)])
+    ("`Confidence: 0.85`.", 0.85), ('Confidence: "0.85"', 0.85), ("Confidence: `0.85`", 0.85)])
 def test_parse_confidence(text, value):
     assert parse_confidence(text) == value
 
@@ -53,6 +53,11 @@ def test_replacement_keeps_the_answer_ids_and_states_the_value(answer):
         assert tokenizer.decode(new) == kept + "Confidence: 0.38"
         # A newline that was added is a part of the answer from now on.
         assert split_completion(tokenizer, new)[0] in (n, n + (not segment))
+
+
+def test_a_quoted_segment_is_replaced_with_its_quotes():
+    starts = [data.segment_start(f"64\n{q}Confidence: 0.5{q}") for q in ("'", '"', "`", "**")]
+    assert starts == [3] * 4
 
 
 def sentencepiece(prepend: bool) -> data.Tokenizer:
@@ -206,6 +211,8 @@ CALL = [{"Action": "search", "Action_Input": '{"q": "x", "n": 2}'}]
     ("arithmetic", "46", ".46", False), ("arithmetic", "46", "so ...46.", True),
     ("arithmetic", "46", "0,46", False), ("arithmetic", "46", "1/46", False),
     ("arithmetic", "1046", r"\boxed{1{,}046}", True), ("arithmetic", "1046", "1\u202f046", True),
+    ("arithmetic", "1046", r"1\,046", True), ("arithmetic", "-46", r"-\$46", True),
+    ("arithmetic", "46", r"\boxed{\frac{3}{46}}", False),
     ("arithmetic", "123456", "12,3456", False), ("arithmetic", "1234567", "1,234,567.00", True),
     ("arithmetic", "7", "3, 5, 7", True), ("arithmetic", "7", "3.5.7", False),
     ("mcq", "B", "<answer>\nB\n</answer>", True), ("mcq", "B", "<answer>b</answer>", True),

@@ -140,6 +140,13 @@ def test_the_middle_of_a_long_answer_is_left_out():
 # ----------------------------------------------------------------------------- --ask
 
 
+def test_a_model_that_is_named_like_those_in_out_is_shown_beside_them(out, tmp_path):
+    shutil.copytree(out / "opd", tmp_path / "opd")
+    args = parse_args(["--model", str(tmp_path / "opd"), "--out", str(out), "--ask", "3+4"])
+    found = show.find_models(args)
+    assert found[str(tmp_path / "opd")] == tmp_path / "opd" and found["opd"] == out / "opd"
+
+
 def test_models_are_asked_side_by_side(out, capsys, monkeypatch):
     flags = [*TINY, "--out", out, "--ask"]
     text = printed(capsys, *flags, "3+4", "What is 12 times 34?")
