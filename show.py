@@ -150,12 +150,14 @@ def run(args: Args) -> None:
 
 def find_models(args: Args) -> dict[str, Path]:
     """The models to look at, by name: --model where it is given, then what is in --out."""
-    found, name = {}, Path(args.model).name
-    if args.model:  # One that is named like those in --out is shown by its path.
-        found[args.model if name in ("base", *METHODS) else name] = find_model(args.model)
-    for name in ("base", *METHODS):
-        if (Path(args.out) / name / "config.json").exists():  # written last: the model is complete
-            found[name] = Path(args.out) / name
+    made = {name: Path(args.out) / name for name in ("base", *METHODS)
+            if (Path(args.out) / name / "config.json").exists()}  # written last: it is complete
+    found = {}
+    if origin := find_model(args.model):  # One that is named like another in --out shows its path.
+        name = Path(args.model).name
+        taken = name in made and not made[name].samefile(origin)
+        found[args.model if taken else name] = origin
+    found |= made
     if not found:
         raise BadInput(f"--out {args.out}: there are no models in it yet; "
                        f"`python caopd.py --out {args.out}` makes them")
@@ -283,8 +285,8 @@ def ask_table(example: Example, rows: dict[str, Reply], args: Args) -> str:
         answer = f"{shorten(usual(its.answer), width - 8)} ({its.count}×)"
         states = "nothing" if its.stated is None else f"{its.stated:.2f}"
         right = f"{its.correct} of {args.rollouts}" if example.answer else "unknown"
-        lines.append(f"    {shorten(title(name), 14):14}{answer:>{width}}{states:>12}{its.expected:>10.2f}"
-                     f"{right:>12}")
+        lines.append(f"    {shorten(title(name), 14):14}{answer:>{width}}{states:>12}"
+                     f"{its.expected:>10.2f}{right:>12}")
     return "\n".join(lines)
 
 

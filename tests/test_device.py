@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import caopd
 import data
+import optim
 from model import Config, Transformer
 
 # --------------------------------------------------------------------------- the pretended device
@@ -238,7 +239,7 @@ def test_parts_of_the_gpu_script_work_in_small(part):
 
 
 def test_a_part_of_the_gpu_script_that_fails_hides_no_other(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(caopd, "round_stochastically", lambda x, generator: torch.zeros_like(x))
+    monkeypatch.setattr(optim, "round_stochastically", lambda x, generator: torch.zeros_like(x))
     monkeypatch.setattr(gpu_script, "apart", gpu_script.outcome)
     report = tmp_path / "gpu.json"
     assert gpu_script.main(["--device", "cpu", "--json", str(report),
