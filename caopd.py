@@ -199,7 +199,7 @@ class Target:
     @property
     def num_tokens(self) -> int:
         longest = max(len(self.prompt), len(self.teacher_prompt))
-        return longest + sum(map(len, self.sequences))
+        return longest + sum(len(y.ids) for y in self.completions)
 
 
 REPLACEMENTS = "completion", "demonstration", "instruction"
@@ -558,7 +558,7 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         tensors |= {f"teacher.{key}": average for key, (average, _) in
                     averaged_weights(teacher, student).items()}
     stage = Stage(name, out, settings(args, name, task), tensors, args.save_every, args.track)
-    told = method.confidence and asked_to_copy(confidence_loss, places, task.wording)
+    watched = method.confidence and asked_to_copy(confidence_loss, places, task.wording)
 
     for step in stage.steps(args.steps):
         generator = seeded(args.seed, "rollout", step, student.device)
@@ -598,7 +598,7 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
             ema_update(teacher, student, args.teacher_rate, generator)
 
         row = summarize(groups, targets, losses)
-        if told:
+        if watched:
             row["copied"] = copied
         stage.log(step, row | {"lr": lr, "grad_norm": grad_norm}, pick_samples(groups, step))
         stage.save_if_due(step)
@@ -952,7 +952,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     groups = ask(model, tokenizer, examples, wording, samples, sampling, generator, name)
     confidence, correct = stated_and_correct(groups)
     asked = [(example.system, example.question) for example in examples]
-    questions = list(map({pair: q for q, pair in enumerate(dict.fromkeys(asked))}.get, asked))
+    index = {pair: q for q, pair in enumerate(dict.fromkeys(asked))}
+    questions = [index[pair] for pair in asked]
     with finite_logits(f"{name}, evaluation", tokenizer):
         p = confidence_distribution(model, tokenizer, groups, sampling.micro_tokens)
     answers = {"confidence": confidence, "correct": correct, "p": p}
@@ -1494,13 +1495,12 @@ def load_model(source: Path | None, config: Config, args: Args,
 def save(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
     """Saves a Hugging Face directory. Every rank calls it, and rank 0 writes.
 
-    Removes first what describes an old model: results, card, adapter, config.json. The new
-    config.json is written last, so that a directory that has one is complete.
+    Removes first what describes an old model: card, adapter, config.json. The new config.json is
+    written last, so that a directory that has one is complete.
     """
     model = model.for_inference()
     if not ranks.first():
         return
-    (directory.parent / "results.json").unlink(missing_ok=True)
     for outdated in ("README.md", "adapter/adapter_config.json",
                      "adapter/adapter_model.safetensors", "config.json"):
         (directory / outdated).unlink(missing_ok=True)
@@ -1523,8 +1523,6 @@ def make_base(origin: Path | None, config: Config, tokenizer: Tokenizer, task: T
         return base
     model = load_model(origin, config, args, device)
     supervise(model, tokenizer, task, args, out)
-    if ranks.first():
-        made.unlink(missing_ok=True)
     save(model, tokenizer, base)
     if ranks.first():
         write_text(made, identity)

@@ -13,7 +13,7 @@ import zlib
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import tokenizers
@@ -467,9 +467,12 @@ class Tokenizer:
 
         Tokenizers of SentencePiece's kind begin every text with a space, which belongs to no rest.
         """
-        start = self.encode("0")
-        ids = self.encode("0" + text)
-        return ids[len(start):] if ids[:len(start)] == start else self.encode(text)
+        before, ids = self.one_character, self.encode("0" + text)
+        return ids[len(before):] if ids[:len(before)] == before else self.encode(text)
+
+    @cached_property
+    def one_character(self) -> list[int]:
+        return self.encode("0")
 
     def decode(self, ids: list[int]) -> str:
         """Returns the text of token ids, without their special tokens."""
