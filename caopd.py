@@ -867,7 +867,8 @@ def confidence_distribution(model: Transformer, tokenizer: Tokenizer, groups: li
     costs = [len(prefix) + branches[before].num_tokens
              for prefix, before in zip(prefixes, segments)]
     rows = []
-    for batch in micro_batches(costs, tokens_at_once):
+    for batch in tqdm(micro_batches(costs, tokens_at_once), desc="its own confidence", unit="batch",
+                      dynamic_ncols=True, leave=False, delay=1, disable=not ranks.first()):
         each = [branches[segments[i]] for i in batch]
         shared = SharedPrefix([prefixes[i] + b.start for i, b in zip(batch, each)],
                               [b.parents for b in each], model.device)
@@ -910,14 +911,14 @@ class Branches:
 
 
 def ask(model: Transformer, tokenizer: Tokenizer, examples: list[Example], wording: Wording,
-        samples: int, sampling: Sampling, generator: torch.Generator, name: str) -> list[Group]:
-    """`rollout` over many examples, which ranks share, with a progress bar."""
+        samples: int, sampling: Sampling, generator: torch.Generator, what: str) -> list[Group]:
+    """`rollout` over many examples, which ranks share, with a progress bar that says `what`."""
     groups = []
-    with tqdm(total=len(examples), desc=f"{name:>6}", unit="question", dynamic_ncols=True,
+    with tqdm(total=len(examples), desc=what, unit="question", dynamic_ncols=True,
               disable=not ranks.first()) as bar:
         for start in range(0, len(examples), 500):
             part = examples[start:start + 500]
-            with finite_logits(f"{name}, evaluation", tokenizer):
+            with finite_logits(what, tokenizer):
                 groups += ranks.gather(rollout(model, tokenizer, ranks.share(part), wording,
                                                samples, sampling, generator))
             bar.update(len(part))
@@ -949,7 +950,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     """
     model = model.for_inference()
     generator = seeded(seed, "evaluation", 1, model.device)
-    groups = ask(model, tokenizer, examples, wording, samples, sampling, generator, name)
+    groups = ask(model, tokenizer, examples, wording, samples, sampling, generator,
+                 f"{name}, evaluation")
     confidence, correct = stated_and_correct(groups)
     asked = [(example.system, example.question) for example in examples]
     index = {pair: q for q, pair in enumerate(dict.fromkeys(asked))}
@@ -960,7 +962,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     if oracle_samples:
         # The number of samples stands where the answers above have 1: these are other samples.
         generator = seeded(seed, "evaluation", oracle_samples, model.device)
-        others = ask(model, tokenizer, examples, wording, oracle_samples, sampling, generator, name)
+        others = ask(model, tokenizer, examples, wording, oracle_samples, sampling, generator,
+                     f"{name}, to estimate μ(x)")
         answers["mu"] = np.repeat([mu_hat(group) for group in others], samples)
     grades = np.repeat([str(group.example.grade) for group in groups], samples)
     figures = every_readout(**answers, samples=oracle_samples) | {
@@ -973,7 +976,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
             for grade in dict.fromkeys(grades.tolist())}}
     if paper_samples:
         generator, sampling = seeded(seed, "paper", 1, model.device), replace(sampling, **PAPER)
-        groups = ask(model, tokenizer, examples, wording, paper_samples, sampling, generator, name)
+        groups = ask(model, tokenizer, examples, wording, paper_samples, sampling, generator,
+                     f"{name}, sampled as in the paper")
         confidence, correct = stated_and_correct(groups)
         figures["paper"] = calibration(confidence, correct) | {
             "stderr": bootstrap(confidence, correct, np.repeat(questions, paper_samples))}
@@ -1068,8 +1072,8 @@ class Args:
                       "the share of --train that is held out, such as 0.1")
     out: str = flag(RUN, NOTHING, "", "directory for results, metrics and models (default out/toy, "
                     "or out/TASK with --model)")
-    overwrite: bool = flag(RUN, NOTHING, False, "train and evaluate again what --out has the "
-                          "results of; a base of the same settings is used again")
+    overwrite: bool = flag(RUN, NOTHING, False, "write over what other settings have made in --out; "
+                          "train and evaluate again what this very command has finished there")
     seed: int = flag(RUN, ALL, 0, "seed of everything random")
     track: str = flag(RUN, NOTHING, "", "also send figures and samples to one of these, which has "
                       "to be installed", TRACKERS)
@@ -1091,7 +1095,7 @@ class Args:
                           "of it")
     lora_alpha: float = flag(DISTILL, ALL, 0.0, "what an adapter adds is multiplied by alpha / "
                              "rank; 0 takes twice the rank")
-    save_adapter: bool = flag(DISTILL, NOTHING, False, "also save the adapters alone, in PEFT's "
+    save_adapter: bool = flag(DISTILL, METHOD, False, "also save the adapters alone, in PEFT's "
                               "format, in METHOD/adapter")
     clip: float = flag(DISTILL, ALL, 1.0, "largest gradient norm")
     divergence: str = flag(DISTILL, METHOD, "reverse", "of the answer, and of a confidence that "
@@ -1495,67 +1499,74 @@ def load_model(source: Path | None, config: Config, args: Args,
 def save(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
     """Saves a Hugging Face directory. Every rank calls it, and rank 0 writes.
 
-    Removes first what describes an old model: card, adapter, config.json. The new config.json is
-    written last, so that a directory that has one is complete.
+    config.json is written last, so that a directory that has one is complete.
     """
     model = model.for_inference()
-    if not ranks.first():
-        return
-    for outdated in ("README.md", "adapter/adapter_config.json",
-                     "adapter/adapter_model.safetensors", "config.json"):
-        (directory / outdated).unlink(missing_ok=True)
-    tokenizer.save_pretrained(directory)
-    model.save_pretrained(directory)
+    if ranks.first():
+        tokenizer.save_pretrained(directory)
+        model.save_pretrained(directory)
+
+
+def made(directory: Path, identity: dict) -> bool:
+    """Whether a model that is complete and was made with these settings lies there."""
+    there = (directory / "config.json").exists()
+    return ranks.from_first(there and read_object(directory / "settings.json") == identity)
 
 
 def make_base(origin: Path | None, config: Config, tokenizer: Tokenizer, task: Task, args: Args,
               device: torch.device, out: Path) -> Path:
-    """The directory of the base model: --model itself, or what the supervised stage makes of it.
-
-    A base that was made with the same settings is used again.
-    """
+    """The directory of the base model: --model itself, or what the supervised stage makes of it."""
     if origin and not args.sft_steps:
         return origin
-    base, identity = out / "base", json.dumps(settings(args, "base", task), indent=2)
-    made = base / "settings.json"
-    if ranks.from_first(read_text(made, absent="") == identity):
+    base = out / "base"
+    if made(base, settings(args, "base", task)):
         print(f"Reusing the base model in {base}: it was made with the same settings.")
         return base
     model = load_model(origin, config, args, device)
     supervise(model, tokenizer, task, args, out)
     save(model, tokenizer, base)
-    if ranks.first():
-        write_text(made, identity)
-    return ranks.from_first(base)
+    return ranks.from_first(base)  # Other ranks wait until rank 0 has saved.
 
 
 def make_results(start: Path, config: Config, tokenizer: Tokenizer, task: Task, args: Args,
-                 device: torch.device, out: Path) -> dict:
-    """Trains every method from the base model in `start`; the figures of it and of each."""
+                 device: torch.device, out: Path, known: dict) -> Iterator[tuple[str, dict]]:
+    """Trains every method from the base model in `start`; the name and figures of it and of each.
+
+    known: figures from earlier. Where a model has them, and is still there, that is all; one that
+    is there without them is evaluated alone.
+    """
     from share import model_card  # here, since share.py imports this file
     results = {}
     for name in ("base", *args.method.split(",")):
-        model, started = load_model(start, config, args, device), time.perf_counter()
+        identity = settings(args, name, task)
+        ready = name != "base" and made(out / name, identity)
+        if name in known and (ready or name == "base"):
+            results[name] = known[name]
+            yield name, results[name]
+            continue
+        model = load_model(out / name if ready else start, config, args, device)
+        started = time.perf_counter()
         if name == "base":
             print(introduction(model, task, args))
+        elif ready:
+            print(f"Reusing the model in {out / name}: it was made with the same settings.")
         else:
             train(model, name, tokenizer, task, args, out)
             model = model.for_inference()
             ranks.free_unused()
-            save(model, tokenizer, out / name)
             if args.save_adapter and ranks.first():
                 origin = args.model if args.model and not args.sft_steps else str(start)
                 model.save_adapter(out / name / "adapter", origin)
+            save(model, tokenizer, out / name)
         trained = {"seconds": time.perf_counter() - started}
         results[name] = trained | evaluate(
             model, tokenizer, task.held_out, task.wording, eval_sampling(args), args.seed,
             args.eval_samples, args.oracle, args.paper_samples, name)
         made_here = name != "base" or args.sft_steps or not args.model
         if made_here and ranks.first():  # any other base has its own card
-            card = model_card(name, results, settings(args, name, task), args)
-            write_text(out / name / "README.md", card)
+            write_text(out / name / "README.md", model_card(name, results, identity, args))
         del model  # one student and one teacher at a time
-    return results
+        yield name, results[name]
 
 
 def introduction(model: Transformer, task: Task, args: Args) -> str:
@@ -1569,52 +1580,94 @@ def introduction(model: Transformer, task: Task, args: Args) -> str:
             f"{args.seed}.{order}")
 
 
+def saved_stages(args: Args) -> list[str]:
+    """The stages that leave a model in --out. A --model that is not trained first is the base."""
+    return [*(["base"] if args.sft_steps or not args.model else []), *args.method.split(",")]
+
+
 def refuse_to_write_over(origin: Path, args: Args, out: Path) -> None:
     """A model in --out that the run itself would replace cannot be what the run starts from."""
-    for name in (["base"] if args.sft_steps else []) + args.method.split(","):
+    for name in saved_stages(args):
         if origin.resolve() == (out / name).resolve():
             raise BadInput(f"--model {args.model}: this run saves a model of its own there; choose "
                            "another --out")
 
 
-def finished(out: Path, identity: dict) -> dict | None:
-    """The figures in results.json, where the command of this identity made them and its models."""
+def read_inputs(args: Args) -> tuple[Path | None, Config, Tokenizer, Task]:
+    """The directory of --model, if there is one, the network's shape, its tokenizer, the questions.
+
+    Raises BadInput for what cannot be read, and for what cannot be served.
+    """
+    origin = find_model(args.model)
+    if origin is None:
+        tokenizer = data.toy_tokenizer()
+        config = toy_model(args, tokenizer)
+        return None, config, tokenizer, make_task(tokenizer, config, args)
+    refuse_to_write_over(origin, args, Path(args.out))
+    config = Config.from_pretrained(origin)
+    tokenizer = Tokenizer.from_pretrained(origin, json.loads(args.template_args))
+    task = make_task(tokenizer, config, args)
+    # Other weights under the same name make another run.
+    inputs = data.checksum([task.fingerprint, fingerprint(origin)])
+    return origin, config, tokenizer, replace(task, fingerprint=inputs)
+
+
+def already_there(out: Path, identity: dict, task: Task, args: Args) -> tuple[dict, str]:
+    """The figures that --out has by model, and what in it other settings have made, in words.
+
+    Figures that other settings have made are left out.
+    """
     try:
         everything = read_object(out / "results.json")
     except BadInput as error:
-        raise BadInput(f"{error}; --overwrite makes it again") from None
-    if any(everything.get(key) != value for key, value in identity.items()):
-        return None
-    results = map_leaves(lambda v: math.nan if v is None else v, {
+        return {}, str(error)
+    figures = map_leaves(lambda v: math.nan if v is None else v, {
         name: row for name, row in everything.items() if name in ("base", *METHODS)})
-    there = all((out / name / "config.json").exists() for name in results if name in METHODS)
-    return results if there else None
+    decisive = {field.name: getattr(args, field.name) for field in dataclasses.fields(Args)
+                if field.metadata["group"] == EVAL or field.metadata["decides"] != NOTHING}
+    found = everything.get("settings", {}) | {"inputs": everything.get("inputs")}
+    words = difference(found, decisive | {"inputs": identity["inputs"]})
+    if figures and words:
+        return {}, f"results.json was made {words}"
+    for name in saved_stages(args):
+        found = read_object(out / name / "settings.json")
+        words = difference(found, settings(args, name, task))
+        if words and (found or (out / name / "config.json").exists()):
+            return figures, f"{name} was made {words}"
+    return figures, ""
+
+
+def difference(found: dict, wanted: dict) -> str:
+    """The first setting that is another one than wanted, in words; nothing if none is."""
+    for key, value in wanted.items():
+        if key not in found or found[key] != value:
+            known = key in found and hasattr(Args, key)
+            return (f"with --{key.replace('_', '-')} {found[key]!r}, not {value!r}" if known else
+                    "of other questions, or from another model")
+    return ""
 
 
 def run(args: Args) -> dict:
     """Everything, from flags to table; returns what results.json holds of the models.
 
-    A command that has been given before and is finished shows its results again.
+    A model or figures that the same settings have made are not made again. What others have made is
+    written over with --overwrite alone.
     """
     from memory import check_memory  # here, since these two import this file
     from show import print_tables
     began, device, out = time.perf_counter(), pick_device(args.device), Path(args.out)
     args = replace(args, dtype=pick_dtype(args, device))
-    if origin := find_model(args.model):
-        refuse_to_write_over(origin, args, out)
-        config = Config.from_pretrained(origin)
-        tokenizer = Tokenizer.from_pretrained(origin, json.loads(args.template_args))
-    else:
-        tokenizer = data.toy_tokenizer()
-        config = toy_model(args, tokenizer)
-    task = make_task(tokenizer, config, args)
-    if origin:  # other weights under the same name make another run
-        task = replace(task, fingerprint=data.checksum([task.fingerprint, fingerprint(origin)]))
+    origin, config, tokenizer, task = read_inputs(args)
     asked = [dataclasses.astuple(example) for example in task.held_out]
     identity = {"settings": dataclasses.asdict(replace(args, overwrite=False, track="")),
                 "inputs": data.checksum([task.fingerprint, asked])}
-    results = ranks.from_first(None if args.overwrite else finished(out, identity))
-    if results:
+    figures, otherwise = ranks.from_first(already_there(out, identity, task, args))
+    if otherwise and not args.overwrite:
+        raise BadInput(f"--out {out}: {otherwise}; choose another --out, or --overwrite")
+    methods = args.method.split(",")
+    finished = {"base", *methods} <= figures.keys() and all(
+        made(out / name, settings(args, name, task)) for name in methods)
+    if finished and not args.overwrite:
         print(f"{out} has the results of this command; --overwrite makes them again.")
     else:
         check_memory(config, task, tokenizer, args, device)
@@ -1622,16 +1675,42 @@ def run(args: Args) -> dict:
             load_model(origin, config, args, device)  # A broken one is refused before a write.
 
     with claimed(out) if ranks.first() else nullcontext():
-        if not results:
+        if not finished or args.overwrite:
+            if finished:
+                figures = forget(["base", *methods], figures, out)
+            write_results(out, figures, identity, began)
             start = make_base(origin, config, tokenizer, task, args, device, out)
-            results = make_results(start, config, tokenizer, task, args, device, out)
-            everything = results | identity | {"seconds": time.perf_counter() - began}
-            if ranks.first():
-                write_text(out / "results.json", to_json(everything, indent=2) + "\n")
-        for name in results if ranks.first() else ():
+            for name, its in make_results(start, config, tokenizer, task, args, device, out,
+                                          figures):
+                figures[name] = its
+                write_results(out, figures, identity, began)
+        for name in ("base", *methods) if ranks.first() else ():
             (out / name / "checkpoint.safetensors").unlink(missing_ok=True)
+    results = {name: figures[name] for name in ("base", *methods)}
     print_tables(results, args, out)
     return results
+
+
+def forget(names: Sequence[str], figures: dict, out: Path) -> dict:
+    """For --overwrite: the figures without those of `names`, whose models no longer count as made.
+
+    The base model stays: the same settings would make the same one.
+    """
+    for name in names if ranks.first() else ():
+        if name != "base":
+            (out / name / "config.json").unlink()
+    return {name: its for name, its in figures.items() if name not in names}
+
+
+def write_results(out: Path, figures: dict, identity: dict, began: float) -> None:
+    """Writes results.json: the figures by model, then what made them. Without figures it goes."""
+    if not ranks.first():
+        return
+    if not figures:
+        return (out / "results.json").unlink(missing_ok=True)
+    ordered = {name: figures[name] for name in ("base", *METHODS) if name in figures}
+    everything = ordered | identity | {"seconds": time.perf_counter() - began}
+    write_text(out / "results.json", to_json(everything, indent=2) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

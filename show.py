@@ -56,7 +56,7 @@ def print_tables(results: dict, args: Args, out: Path) -> None:
     print("\n" + textwrap.fill(LEGEND, 100))
     print(f"\nEverything is in {out} (results.json, metrics.jsonl, samples.jsonl, the models).")
     if others := [name for name in METHODS if name not in results and (out / name).is_dir()]:
-        print(f"Also there, from other commands and not in these results: {', '.join(others)}.")
+        print(f"Also there, from other commands and not in this table: {', '.join(others)}.")
 
 
 def table(results: dict) -> str:
@@ -97,9 +97,9 @@ def grade_table(results: dict) -> str:
     grades = next(iter(results.values()))["by_grade"]
     lines = [f"{'accuracy / confidence':22}" + "".join(f"{title(name):>17}" for name in results)]
     for grade in grades:
-        cells = [row["by_grade"][grade] for row in results.values()]
-        lines.append(f"{grade[:20]:22}" + "".join(
-            f"{c['accuracy']:>10.2f} / {c['mean_confidence']:.2f}" for c in cells))
+        figures = [row["by_grade"][grade] for row in results.values()]
+        cells = (f"{number(f['accuracy'])} / {number(f['mean_confidence'])}" for f in figures)
+        lines.append(f"{grade[:20]:22}" + "".join(f"{cell:>17}" for cell in cells))
     return "\n".join(lines)
 
 

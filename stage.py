@@ -2,6 +2,7 @@
 steps of a Stage, which shows progress, logs, warns, saves checkpoints, and resumes from them.
 """
 
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -53,6 +54,10 @@ class Logged:
     accuracy: float | None = within(0, 1, default=None)  # of the step's rollouts
 
 
+# What tells of an earlier model in a stage's directory; config.json says that one is complete.
+OLD_MODEL = ("config.json", "README.md", "adapter/adapter_config.json",
+             "adapter/adapter_model.safetensors", "checkpoint.safetensors")
+
 LOOK_EVERY = 120  # seconds between two showings of samples
 
 
@@ -86,13 +91,11 @@ class Stage:
                         if key.startswith("student.") and "down_proj" in key][-1]
         self.at_start = self.watched.clone()
         if ranks.first():
-            if self.start == 0:
-                # Its rows and its model are made anew: what was made of the old ones, or would go
-                # on from them, goes first.
-                for outdated in (out / "results.json", out / name / "settings.json",
-                                 self.checkpoint.path):
-                    outdated.unlink(missing_ok=True)
+            if self.start == 0:  # Its rows and its model are made anew, and the old ones go first.
+                for outdated in OLD_MODEL:
+                    (out / name / outdated).unlink(missing_ok=True)
             self.drop_rows_from(self.start)
+            write_text(out / name / "settings.json", json.dumps(settings, indent=2) + "\n")
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps that are left to do, with a progress bar."""

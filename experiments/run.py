@@ -47,7 +47,7 @@ def cell(out: Path, seed: int, name: str, *flags: str) -> dict:
     """
     directory = out / f"seed{seed}"
     kept = directory / "cells" / f"{name}.json"
-    args = caopd.parse_args(["--seed", str(seed), "--out", str(directory), *flags])
+    args = caopd.parse_args(["--seed", str(seed), "--out", str(directory), "--overwrite", *flags])
     if kept.exists():
         results, mine = json.loads(kept.read_text()), asdict(args)
         its = asdict(caopd.Args()) | results["settings"]  # flags that came later had their default
@@ -57,7 +57,10 @@ def cell(out: Path, seed: int, name: str, *flags: str) -> dict:
     print(f"{name}, seed {seed}:", flush=True)
     caopd.run(args)
     results = json.loads((directory / "results.json").read_text())
-    results["curves"] = curves(directory / "metrics.jsonl", args.method.split(","))
+    methods = args.method.split(",")
+    results = {key: value for key, value in results.items()  # Other cells' methods may be there.
+               if key not in caopd.METHODS or key in methods}
+    results["curves"] = curves(directory / "metrics.jsonl", methods)
     kept.parent.mkdir(exist_ok=True)
     write_text(kept, json.dumps(results))
     return results

@@ -1331,7 +1331,7 @@ def test_end_to_end_both_methods(tmp_path, capsys):
     again = run(tmp_path / "a", *flags, "--overwrite")
     assert "Reusing the base model" in capsys.readouterr().out
     fresh = run(tmp_path / "b", *flags)
-    other = run(tmp_path / "a", *flags, "--seed", "1")
+    other = run(tmp_path / "a", *flags, "--seed", "1", "--overwrite")
     assert "Reusing" not in capsys.readouterr().out and other["settings"]["seed"] == 1
     assert first["settings"] == again["settings"]
     for name in ("base", "opd", "caopd"):
@@ -1454,8 +1454,8 @@ def test_the_teacher_shares_what_the_student_does_not_learn(world):
         assert torch.allclose(average, expected)
 
 
-@pytest.mark.parametrize("changed", [["--save-every", "3"], ["--recompute"], ["--oracle", "2"],
-                                     ["--teacher-device", "cpu"]])
+@pytest.mark.parametrize("changed", [["--save-every", "3"], ["--recompute"],
+                                     ["--oracle", "2", "--overwrite"], ["--teacher-device", "cpu"]])
 def test_a_run_goes_on_under_flags_that_decide_nothing(tmp_path, whole_runs, capsys, changed):
     whole, expected = whole_runs("--dtype", "float32", "--method", "both")
     crash(tmp_path, 8, "--dtype", "float32")
@@ -1474,7 +1474,8 @@ def test_a_run_that_falls_apart_says_so_once(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("state no confidence") == printed.count("are cut off") == 1
     assert "opd, step 0: over half" in printed and "prefers another" not in printed
-    run(tmp_path, "--method", "caopd,caopd-direct")  # a teacher that hardly copies, and none on I_c
+    # A teacher that hardly copies, and none on I_c.
+    run(tmp_path / "other", "--method", "caopd,caopd-direct")
     assert capsys.readouterr().out.count("prefers another token") == 1
 
 
@@ -1641,7 +1642,7 @@ def test_the_oracle_row(tmp_path, capsys):
         assert 0 <= oracle["brier"] <= 0.25 * 4 / 3
         assert oracle["accuracy"] == results[name]["accuracy"]
         assert oracle["format"] == 1
-    assert "oracle" not in run(tmp_path, "--method", "caopd")["caopd"]
+    assert "oracle" not in run(tmp_path / "none", "--method", "caopd")["caopd"]
 
 
 # ----------------------------------------------------------------------------- settings
@@ -1734,30 +1735,66 @@ def test_a_finished_command_shows_its_results_and_does_nothing_else(tmp_path, ca
     (tmp_path / "opd" / "config.json").unlink()  # Its model is not whole.
     assert run(tmp_path, *flags)["opd"] == first["opd"]
     assert "has the results" not in capsys.readouterr().out
-    run(tmp_path, "--method", "grpo")
+    run(tmp_path, "--method", "grpo", *flags[2:])
     shown = capsys.readouterr().out
-    assert "has the results" not in shown and "not in these results: opd." in shown
-    assert "not in these results" not in again
+    assert "has the results" not in shown and "not in this table: opd." in shown
+    assert "not in this table" not in again
+
+
+def test_what_a_command_has_made_serves_others(tmp_path, capsys, monkeypatch):
+    """A method more adds a row and trains itself alone, other ways of asking only ask again."""
+    first = run(tmp_path, "--method", "opd")
+    both = run(tmp_path, "--method", "grpo")
+    assert [name for name in both if name in ("base", *METHODS)] == ["base", "opd", "grpo"]
+    assert both["opd"] == first["opd"] and both["base"] == first["base"]
+    rows, printed = metrics(tmp_path), capsys.readouterr().out
+    assert printed.count("held-out questions") == 1  # The base is asked once.
+
+    monkeypatch.setattr(caopd, "train", None)
+    assert run(tmp_path, "--method", "opd,grpo") == both
+    again = run(tmp_path, "--method", "opd,grpo", "--eval-samples", "3", "--overwrite")
+    assert capsys.readouterr().out.count("Reusing the model in") == 2
+    assert again["opd"] != first["opd"] and metrics(tmp_path) == rows
+    once_more = run(tmp_path, "--method", "opd,grpo", "--overwrite")
+    assert all(once_more[name] == both[name] for name in ("base", "opd", "grpo"))
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("other, words", [
+    (["--lr", "1e-5"], "with --lr 0.0006, not 1e-05"), (["--seed", "1"], "with --seed 0, not 1"),
+    (["--eval-questions", "2"], "with --eval-questions 24, not 2")])
+def test_what_other_settings_have_made_is_kept(tmp_path, capsys, interrupted, other, words):
+    flags = [*TINY, "--method", "opd", "--save-every", "1", "--out", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        if interrupted:
+            patch.setattr(caopd, "pick_samples", lambda groups, step: interrupt() if step else [])
+        assert caopd.main(flags) == (130 if interrupted else 0)
+    before = {path: path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()}
+    assert caopd.main([*flags, *other]) == 2
+    error = capsys.readouterr().err
+    assert f"was made {words}; choose another --out, or --overwrite" in error
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()}
+    assert caopd.main(flags) == 0
 
 
 def test_an_interrupted_other_run_leaves_no_results_that_it_has_written_over(tmp_path, capsys):
     """A finished run, another one in its place that is cut off, and the first command again."""
     first = ["--method", "opd", "--out", str(tmp_path)]
     assert caopd.main([*TINY, *first]) == 0
-    rows = without_seconds(metrics(tmp_path))
+    rows = in_order(metrics(tmp_path))
     for where, other in (("step_gradient", ["--lr", "1e-5"]), ("cross_entropy", ["--seed", "1"])):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(caopd, where, interrupt)
-            assert caopd.main([*TINY, *first, *other]) == 130
-        assert not (tmp_path / "results.json").exists()
+            assert caopd.main([*TINY, *first, *other, "--overwrite"]) == 130
+        assert caopd.main([*TINY, *first]) == 2
         capsys.readouterr()
-        assert caopd.main([*TINY, *first]) == 0
+        assert caopd.main([*TINY, *first, "--overwrite"]) == 0
         assert "has the results of this command" not in capsys.readouterr().out
-        assert without_seconds(metrics(tmp_path)) == rows
+        assert in_order(metrics(tmp_path)) == rows
 
 
 def test_a_run_never_goes_on_from_a_checkpoint_whose_rows_another_one_dropped(tmp_path):
-    flags = [*TINY, "--method", "opd", "--save-every", "1", "--out", str(tmp_path)]
+    flags = [*TINY, "--method", "opd", "--save-every", "1", "--out", str(tmp_path), "--overwrite"]
 
     def cut_off(after: int, *more: str) -> None:
         step, calls = caopd.step_gradient, itertools.count()
@@ -1771,8 +1808,10 @@ def test_a_run_never_goes_on_from_a_checkpoint_whose_rows_another_one_dropped(tm
     assert [row["step"] for row in metrics(tmp_path) if row["stage"] == "opd"] == [0, 1, 2, 3]
 
 
-def without_seconds(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+def in_order(rows: list[dict]) -> list[dict]:
+    """Rows by stage and step, without the seconds they took."""
+    return sorted(({key: value for key, value in row.items() if key != "seconds"} for row in rows),
+                  key=lambda row: (row["stage"], row["step"]))
 
 
 def interrupt(*_, **__):
@@ -1786,7 +1825,7 @@ def test_nothing_that_tells_of_an_old_model_stays_beside_a_new_one(tmp_path, rea
     assert adapter.exists() and card.exists()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("share.model_card", interrupt)
-        assert caopd.main([*flags, "--seed", "1"]) == 130
+        assert caopd.main([*flags, "--seed", "1", "--overwrite"]) == 130
     assert (tmp_path / "opd/model.safetensors").exists() and not card.exists()
     assert not adapter.exists() and not (adapter.parent / "adapter_config.json").exists()
 
@@ -1816,21 +1855,22 @@ def test_a_model_that_the_run_would_write_over_is_refused(tmp_path, real_model, 
         assert caopd.main(["--model", str(tmp_path / name), *flags, *more]) == 2
         assert "choose another --out" in capsys.readouterr().err
         assert (tmp_path / name / "model.safetensors").read_bytes() == before
-    assert caopd.main(["--model", str(tmp_path / "opd"), *flags, "--method", "caopd"]) == 0
+    assert caopd.main(["--model", str(tmp_path / "opd"), *flags, "--method", "caopd",
+                       "--overwrite"]) == 0
 
 
 def test_results_are_made_again_for_other_questions_to_ask(tmp_path, real_model, capsys):
     train, evaluate = write(tmp_path / "t.jsonl", *ROWS["mcq"]), tmp_path / "e.jsonl"
 
-    def done() -> bool:
+    def done(*more: str) -> bool:
         assert caopd.main(["--model", str(real_model), "--task", "mcq", "--train", train, "--eval",
-                           str(evaluate), "--out", str(tmp_path / "out"), *REAL,
+                           str(evaluate), "--out", str(tmp_path / "out"), *REAL, *more,
                            "--method", "opd"]) == 0
         return "has the results of this command" in capsys.readouterr().out
     write(evaluate, *ROWS["mcq"])
     assert not done() and done()
     write(evaluate, ROWS["mcq"][0] | {"prompt": "another"})
-    assert not done() and done()
+    assert not done("--overwrite") and done()
 
 
 @pytest.mark.parametrize("kind", ["reader gone", "disk full", "ascii"])
@@ -2271,7 +2311,7 @@ def test_a_model_in_out_that_another_run_starts_from_keeps_its_card(real_model, 
     flags = [*REAL, "--out", str(tmp_path), "--model"]
     assert caopd.main([*flags, str(real_model), "--method", "opd"]) == 0
     card = (tmp_path / "opd" / "README.md").read_text()
-    assert caopd.main([*flags, str(tmp_path / "opd"), "--method", "caopd"]) == 0
+    assert caopd.main([*flags, str(tmp_path / "opd"), "--method", "caopd", "--overwrite"]) == 0
     assert (tmp_path / "opd" / "README.md").read_text() == card
     assert (tmp_path / "caopd" / "README.md").exists()
 

@@ -37,15 +37,16 @@ def cell(width: int, seed: int, out: Path, device: str) -> dict:
     args = caopd.parse_args([
         *SCHEDULE, "--width", str(width), "--seed", str(seed), "--sft-lr", str(rate),
         "--lr", str(rate / 10), "--out", str(directory), "--device", device])
-    finished = directory / "results.json"
-    if finished.exists():
-        results = json.loads(finished.read_text())
+    kept = directory / "results.json"
+    if kept.exists():
+        results = json.loads(kept.read_text())
         decisive = asdict(args).keys() - {"device", "dtype", "out", "overwrite"}
-        if all(results["settings"].get(name) == getattr(args, name) for name in decisive):
+        if "caopd" in results and all(results["settings"].get(name) == getattr(args, name)
+                                      for name in decisive):
             return results
     print(f"width {width}, seed {seed}:")
     caopd.run(args)
-    return json.loads(finished.read_text())
+    return json.loads(kept.read_text())
 
 
 def parameters(width: int) -> int:
