@@ -12,11 +12,11 @@ change, step 3, and the order of this file is its order:
     4. distillation loss       KL(student || teacher) at every token of the completion (by default
                                KL(teacher || student) at those of a replaced confidence)
 
-METHODS, after step 4, says in a row what tells one method from another: OPD is the same without
-step 3, GRPO has a reward in place of a teacher. `train` is the loop, and a first reading ends with
-it. Behind it stand the teacher, the supervised stage that makes the base model, evaluation, the
-command line and main; AdamW is in optim.py, logs and checkpoints are in stage.py. There is one
-update per batch, by one process on one device, or by several that share its prompts (ranks.py).
+METHODS, after step 4, has a row for each method: OPD leaves out steps 2 and 3, GRPO has a reward in
+place of a teacher. `train` is the loop, and a first reading ends with it. Behind it stand the
+teacher, the supervised stage that makes the base model, evaluation, the command line and main;
+AdamW is in optim.py, logs and checkpoints are in stage.py. Each batch of rollouts is used for one
+update. Under torchrun several processes divide its prompts (ranks.py).
 
     python caopd.py                                   the embedded world, from nothing to the table
     python caopd.py --model DIR --task arithmetic     the same on a real model
@@ -40,7 +40,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from itertools import repeat
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
 
@@ -54,22 +53,12 @@ import data
 import ranks
 from data import Example, Task, Tokenizer, Wording
 from files import (BadInput, Unbroken, claimed, fingerprint, map_leaves, parse_json, read_object,
-                   read_text, to_json, write_text)
+                   to_json, write_text)
 from model import Config, NotFinite, SharedPrefix, Transformer, generate
 from optim import AdamW, store, warmup_cosine, warmup_stable_decay
 from stage import REMEDY, Stage
 
 # ------------------------------------------------------------------- Algorithm 1, step 1: rollout
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are sampled, and how many tokens are computed at once."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    micro_tokens: int = 16384  # of a forward pass; sampling takes SAMPLED times as many
 
 
 @dataclass
@@ -91,6 +80,16 @@ class Group:
     prompt: list[int]  # token ids of x
     rollouts: list[Rollout]
     reference: str = ""  # the teacher's own completion, for self-consistency
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    micro_tokens: int = 16384  # computed at once in training; sampling takes SAMPLED times as many
 
 
 def rollout(student: Transformer, tokenizer: Tokenizer, examples: list[Example], wording: Wording,
@@ -128,6 +127,16 @@ def sample_completions(model: Transformer, tokenizer: Tokenizer, prompts: list[l
     return completions
 
 
+def add_references(groups: list[Group], teacher: Transformer, tokenizer: Tokenizer,
+                   wording: Wording, sampling: Sampling, generator: torch.Generator) -> None:
+    """a_ref ~ π_T(·|x, z): one completion of the teacher for each prompt (B.6)."""
+    prompts = [tokenizer.chat(data.teacher_messages(
+        group.example, wording, data.with_confidence(group.example.demo, 1.0))) for group in groups]
+    sampled = sample_completions(teacher, tokenizer, prompts, 1, sampling, generator)
+    for group, (ids,) in zip(groups, sampled):
+        group.reference = tokenizer.decode(ids) if ids[-1] in tokenizer.eos_ids else ""
+
+
 # ------------------------------------------------------------------ step 2: empirical confidence
 
 
@@ -139,8 +148,8 @@ def mu_hat(group: Group) -> float:
 def leave_one_out(group: Group) -> list[float]:
     """The success rate of the other K − 1 rollouts, for each rollout.
 
-    μ̂ contains a rollout's own R, so it tells a right one 1/K more than a wrong one of the same
-    prompt. This does not, and its mean over the rollouts is μ̂ all the same.
+    μ̂ contains the rollout's own R: E[μ̂ | R_k = 1] − E[μ̂ | R_k = 0] = 1/K. The mean of the others
+    does not depend on R_k. Averaged over the K rollouts it is μ̂ again.
     """
     correct = [rollout.correct for rollout in group.rollouts]
     return [(sum(correct) - own) / (len(correct) - 1) for own in correct]
@@ -155,16 +164,6 @@ def self_consistency(group: Group) -> float:
     return fmean(reference is not None and not rollout.truncated
                  and data.extract(group.example, rollout.text) == reference
                  for rollout in group.rollouts)
-
-
-def add_references(groups: list[Group], teacher: Transformer, tokenizer: Tokenizer,
-                   wording: Wording, sampling: Sampling, generator: torch.Generator) -> None:
-    """a_ref ~ π_T(·|x, z): one completion of the teacher for each prompt (B.6)."""
-    prompts = [tokenizer.chat(data.teacher_messages(
-        group.example, wording, data.with_confidence(group.example.demo, 1.0))) for group in groups]
-    sampled = sample_completions(teacher, tokenizer, prompts, 1, sampling, generator)
-    for group, (ids,) in zip(groups, sampled):
-        group.reference = tokenizer.decode(ids) if ids[-1] in tokenizer.eos_ids else ""
 
 
 # -------------------------------------------------------------------- step 3: target replacement
@@ -216,8 +215,8 @@ def make_targets(group: Group, confidence: float | list[float] | None, advantage
     context: "demo", "solution", or None for a method without a teacher.
     places: where μ̂ is stated, of REPLACEMENTS: in the completion, in the demonstration that z
     shows, in z's instruction. The paper does all three.
-    Returns a Target for each context that the group's rollouts are scored with. A rollout without
-    one (`solution` finds no other correct rollout) is left out.
+    Returns a Target for each teacher context. Rollouts that have none are left out: with
+    `solution`, those without another correct rollout.
     """
     values = confidence if isinstance(confidence, list) else [confidence] * len(group.rollouts)
     completions = []
@@ -228,6 +227,9 @@ def make_targets(group: Group, confidence: float | list[float] | None, advantage
             ids, n = data.replace_confidence(tokenizer, rollout.ids, value)
         completions.append(Completion(tuple(ids), n, rollout.truncated, advantage))
 
+    if context is None:
+        return [Target(group.prompt, [], Counter(completions))]
+
     # One context serves several rollouts and can state one value alone: the mean of theirs, which
     # is μ̂ for the leave-one-out values, too.
     told = None if confidence is None else fmean(values)
@@ -235,27 +237,22 @@ def make_targets(group: Group, confidence: float | list[float] | None, advantage
     instructed = told if "instruction" in places else None
     targets = []
     for demo, readers in demonstrations(group, context, shown, tokenizer):
-        teacher_prompt = [] if demo is None else tokenizer.chat(
-            data.teacher_messages(group.example, wording, demo, report=instructed))
-        targets.append(Target(group.prompt, teacher_prompt,
+        messages = data.teacher_messages(group.example, wording, demo, report=instructed)
+        targets.append(Target(group.prompt, tokenizer.chat(messages),
                               Counter(completions[k] for k in readers)))
     return targets
 
 
-def demonstrations(group: Group, context: str | None, shown: float | None,
-                   tokenizer: Tokenizer) -> list[tuple[str | None, Sequence[int]]]:
+def demonstrations(group: Group, context: str, shown: float | None,
+                   tokenizer: Tokenizer) -> list[tuple[str, Sequence[int]]]:
     """Pairs of a text that z demonstrates, and the rollouts (indices) whose teacher reads it.
 
-    The text is None for a method without a teacher.
-    shown: the confidence to state in it. None states 1.00 in a demonstration, as the paper's are
-    sure of themselves, and leaves a solution's confidence as it was sampled.
+    shown: the confidence to state in it. None states 1.00 in a demonstration, since the paper's
+    state full confidence, and leaves a solution's confidence as it was sampled.
     """
-    everyone = range(len(group.rollouts))
-    if context is None:
-        return [(None, everyone)]
     if context == "demo":
-        shown = 1.0 if shown is None else shown
-        return [(data.with_confidence(group.example.demo, shown), everyone)]
+        demo = data.with_confidence(group.example.demo, 1.0 if shown is None else shown)
+        return [(demo, range(len(group.rollouts)))]
     found = []
     for k, readers in solutions(group):
         solution = group.rollouts[k]
@@ -285,18 +282,14 @@ def solutions(group: Group) -> list[tuple[int, list[int]]]:
 
 # A token loss takes student logits [M, V], teacher logits [M, V], token ids [M] and advantages [M],
 # and gives a loss for each token, [M]. One that needs fewer of them ignores the rest. Divergences
-# are in nats; of an estimator from samples only the gradient has a meaning.
+# are in nats. Of sampled_kl, vopd and policy_gradient only the gradient has a meaning, not the
+# value.
 TokenLoss = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
 
 def log_probs(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     """log π_θ and log π_T over the vocabulary, float32 [M, V]."""
     return student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
-
-
-def log_probs_of(tokens: Tensor, *logits: Tensor) -> tuple[Tensor, ...]:
-    """log π_θ and log π_T of the given tokens, [M] each."""
-    return tuple(x.gather(-1, tokens[:, None])[:, 0] for x in log_probs(*logits))
 
 
 def kl(student_logits: Tensor, teacher_logits: Tensor, *_) -> Tensor:
@@ -318,44 +311,28 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *_) -> Tensor
     return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
 
 
-def sampled_kl(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, *_) -> Tensor:
-    """Eq. 2 from the sampled token alone: −r_t log π_θ(y_t), r_t = log π_T(y_t) − log π_θ(y_t).
-
-    r_t is detached. The mean of the gradient over y_t ~ π_θ is the gradient of the reverse KL.
-    """
-    log_p, log_q = log_probs_of(tokens, student_logits, teacher_logits)
-    return -(log_q - log_p).detach() * log_p
-
-
-def vopd(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, *_) -> Tensor:
-    """The same with the value V_t = −KL(π_θ‖π_T) as a baseline (arXiv 2605.07865):
-    −(r_t − V_t) log π_θ(y_t). E[∇ log π_θ] = 0, so the mean stays. The variance mostly falls.
-    """
-    log_p, log_q = log_probs_of(tokens, student_logits, teacher_logits)
-    return -(log_q - log_p + kl(student_logits, teacher_logits)).detach() * log_p
-
-
-def policy_gradient(student_logits: Tensor, teacher_logits: None, tokens: Tensor,
-                    advantages: Tensor) -> Tensor:
-    """−A log π_θ(y_t): GRPO's loss at one update per batch, where the clipped ratio is 1."""
-    return advantages * cross_entropy(student_logits.float(), tokens, reduction="none")
+def log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log π(y_t) of the given tokens, float32 [M]."""
+    return -cross_entropy(logits.float(), tokens, reduction="none")
 
 
 def replaced_token(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, *_) -> Tensor:
     """−log π_θ(ỹ_t), cross-entropy on the replaced token: the forward KL from a point mass on it.
 
-    The value to state is known exactly, so nothing on I_c needs a teacher (not in the paper).
+    The token to state, that of μ̂, is given, so nothing on I_c needs a teacher (not in the paper).
+    The answer is still learned from the teacher, which reads z̃.
     """
-    return cross_entropy(student_logits.float(), tokens, reduction="none")
+    return -log_prob(student_logits, tokens)
 
 
 DIVERGENCES = {"reverse": kl, "forward": forward_kl, "jsd": jensen_shannon}
 
 
-def loss_masks(targets: list[Target], skip_tokens: int) -> tuple[Tensor, Tensor]:
-    """I_a and I_c of Eq. 7: (answer_mask, confidence_mask), int64 [M] over the completion tokens.
+def loss_weights(targets: list[Target], skip_tokens: int) -> tuple[Tensor, Tensor]:
+    """I_a and I_c of Eq. 7: (answer weights, confidence weights), int64 [M] over completion tokens.
 
-    A token's entry is how many rollouts it stands for, 0 where it is not in the sum.
+    A weight is how many equal rollouts the token stands for, and 0 where it is not in the sum. A
+    truncated completion has an I_a alone.
     """
     answer, confidence = [], []
     for target in targets:
@@ -365,62 +342,6 @@ def loss_masks(targets: list[Target], skip_tokens: int) -> tuple[Tensor, Tensor]
                 answer.append(count * (learned and in_answer))
                 confidence.append(count * (learned and not in_answer and not y.truncated))
     return torch.tensor(answer), torch.tensor(confidence)
-
-
-LOGITS_AT_ONCE = 2 ** 24  # 64 MiB in float32
-
-
-def accumulate_gradient(student: Transformer, teacher: Transformer | None, targets: list[Target],
-                        answer_loss: TokenLoss, confidence_loss: TokenLoss, skip_tokens: int,
-                        scale: float) -> tuple[float, float, int]:
-    """Eq. 7: adds scale · ∇(Σ_{I_a} answer_loss + Σ_{I_c} confidence_loss) to the gradients.
-
-    Returns the two sums, over I_a (capability cloning) and over I_c (calibration), in nats, and at
-    how many tokens of I_c the teacher's likeliest token is the one that stands there.
-    The sampling of y is not differentiated (a semi-gradient), as in every released trainer.
-    Each prompt is computed once for its completions, which have M tokens, M' of them in a sum.
-    Logits exist a chunk at a time, for these M' alone: a chunk is differentiated down to its hidden
-    states before the next one is made.
-    """
-    completions, device = [target.sequences for target in targets], student.device
-    answer_mask, confidence_mask = (m.to(device) for m in loss_masks(targets, skip_tokens))
-    weights = answer_mask + confidence_mask  # [M]
-    counted = weights > 0  # [M]
-    weights, is_answer = weights[counted], answer_mask[counted] > 0  # [M'] each
-    advantages = torch.tensor([y.advantage for target in targets for y in target.completions
-                               for _ in y.ids], device=device)[counted]  # [M']
-    size = max(1, LOGITS_AT_ONCE // student.config.vocab_size)
-
-    teacher_chunks = repeat(None)
-    if teacher is not None:
-        with torch.no_grad():
-            shared = SharedPrefix([t.teacher_prompt for t in targets], completions, device)
-            teacher_chunks = hidden_states(teacher, shared, counted).split(size)
-    shared = SharedPrefix([t.prompt for t in targets], completions, device)
-    hidden = hidden_states(student, shared, counted)  # [M', D]
-    tokens = shared.targets[counted]  # [M']
-
-    losses, gradients, copied = [], [], 0
-    chunks = (x.split(size) for x in (hidden.detach(), weights, tokens, advantages, is_answer))
-    for teacher_hidden, (h, weight, ids, advantage, on_answer) in zip(teacher_chunks, zip(*chunks)):
-        with torch.no_grad():
-            teacher_logits = None if teacher is None else teacher.logits(teacher_hidden)
-        logits = student.logits(h.requires_grad_())
-        loss = weight * eq7(logits, teacher_logits, ids, advantage, on_answer, answer_loss,
-                            confidence_loss)
-        if teacher is not None:
-            copied += weight[~on_answer & (teacher_logits.argmax(-1) == ids)].sum().item()
-        (scale * loss.sum()).backward()
-        losses.append(loss.detach())
-        gradients.append(h.grad)
-    hidden.backward(torch.cat(gradients))
-    losses = torch.cat(losses)
-    return losses[is_answer].sum().item(), losses[~is_answer].sum().item(), copied
-
-
-def hidden_states(model: Transformer, shared: SharedPrefix, counted: Tensor) -> Tensor:
-    """[M', D]: the hidden states from which the counted completion tokens are predicted."""
-    return model.hidden(shared.input_ids, shared.positions, shared)[shared.predicts[counted]]
 
 
 def eq7(student_logits: Tensor, teacher_logits: Tensor | None, tokens: Tensor, advantages: Tensor,
@@ -440,13 +361,12 @@ def step_gradient(student: Transformer, teacher: Transformer | None, targets: li
                   micro_tokens: int) -> tuple[np.ndarray, float]:
     """Step 4 of Algorithm 1 for all targets, which ranks share, `micro_tokens` at a time.
 
-    Eq. 2 sums over tokens, and we divide by the number of tokens in the step: all tokens of a step
-    weigh the same, and one of a short step weighs more than one of a long step. AdamW is nearly
-    invariant to that scale, gradient clipping is not.
+    Eq. 2 sums over tokens, and we divide by the number of tokens in the step, so that all tokens of
+    a step weigh the same. AdamW is nearly invariant to that scale, gradient clipping is not.
     Returns the losses over I_a and over I_c, [2], and the share of I_c that the teacher copies, NaN
     where there is no I_c.
     """
-    on_answer, on_confidence = (int(m.sum()) for m in loss_masks(targets, skip_tokens))
+    on_answer, on_confidence = (int(w.sum()) for w in loss_weights(targets, skip_tokens))
     num_tokens = max(1, on_answer + on_confidence)
     sums = np.zeros(3)  # loss over I_a, loss over I_c, tokens of I_c that the teacher copies
     for batch in own_batches([target.num_tokens for target in targets], micro_tokens):
@@ -457,7 +377,87 @@ def step_gradient(student: Transformer, teacher: Transformer | None, targets: li
     return sums[:2] / num_tokens, sums[2] / on_confidence if on_confidence else math.nan
 
 
-# --------------------------------------- rewards, for GRPO and RLCR alone (not in Algorithm 1)
+LOGITS_AT_ONCE = 2 ** 24  # 64 MiB in float32
+
+
+def accumulate_gradient(student: Transformer, teacher: Transformer | None, targets: list[Target],
+                        answer_loss: TokenLoss, confidence_loss: TokenLoss, skip_tokens: int,
+                        scale: float) -> tuple[float, float, int]:
+    """Eq. 7: adds scale · ∇(Σ_{I_a} answer_loss + Σ_{I_c} confidence_loss) to the gradients.
+
+    Returns the two sums, over I_a (capability cloning) and over I_c (calibration), in nats, and on
+    how many tokens of I_c the teacher's likeliest token is the target's.
+    No gradient flows through the sampling of y (a semi-gradient), as in every released trainer.
+    Each prompt is computed once for its completions, which have M tokens, M' of them in a sum.
+    Logits exist a chunk at a time, for these M' alone: a chunk is differentiated down to its hidden
+    states before the next one is made.
+    """
+    completions, device = [target.sequences for target in targets], student.device
+    on_answer, on_confidence = (w.to(device) for w in loss_weights(targets, skip_tokens))
+    weights = on_answer + on_confidence  # [M]
+    counted = weights > 0  # [M]
+    weights, is_answer = weights[counted], on_answer[counted] > 0  # [M'] each
+    advantages = torch.tensor([y.advantage for target in targets for y in target.completions
+                               for _ in y.ids], device=device)[counted]  # [M']
+    size = max(1, LOGITS_AT_ONCE // student.config.vocab_size)
+
+    if teacher is not None:
+        with torch.no_grad():
+            shared = SharedPrefix([t.teacher_prompt for t in targets], completions, device)
+            teacher_hidden = hidden_states(teacher, shared, counted)  # [M', D]
+    shared = SharedPrefix([t.prompt for t in targets], completions, device)
+    hidden = hidden_states(student, shared, counted)  # [M', D]
+    tokens = shared.targets[counted]  # [M']
+
+    losses, gradients, copied, teacher_logits = [], [], 0, None
+    for start in range(0, max(1, len(tokens)), size):
+        part = slice(start, start + size)
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_logits = teacher.logits(teacher_hidden[part])
+        h = hidden[part].detach().requires_grad_()
+        loss = weights[part] * eq7(student.logits(h), teacher_logits, tokens[part],
+                                   advantages[part], is_answer[part], answer_loss, confidence_loss)
+        (scale * loss.sum()).backward()
+        losses.append(loss.detach())
+        gradients.append(h.grad)
+        if teacher is not None:
+            agrees = ~is_answer[part] & (teacher_logits.argmax(-1) == tokens[part])
+            copied += weights[part][agrees].sum().item()
+    hidden.backward(torch.cat(gradients))
+    losses = torch.cat(losses)
+    return losses[is_answer].sum().item(), losses[~is_answer].sum().item(), copied
+
+
+def hidden_states(model: Transformer, shared: SharedPrefix, counted: Tensor) -> Tensor:
+    """[M', D]: the hidden states from which the counted completion tokens are predicted."""
+    return model.hidden(shared.input_ids, shared.positions, shared)[shared.predicts[counted]]
+
+
+# ------------------------- losses and rewards of other methods (not needed to read Algorithm 1)
+
+
+def sampled_kl(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, *_) -> Tensor:
+    """Eq. 2 from the sampled token alone: −r_t log π_θ(y_t), r_t = log π_T(y_t) − log π_θ(y_t).
+
+    r_t is detached. The mean of the gradient over y_t ~ π_θ is the gradient of the reverse KL.
+    """
+    log_p, log_q = log_prob(student_logits, tokens), log_prob(teacher_logits, tokens)
+    return -(log_q - log_p).detach() * log_p
+
+
+def vopd(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, *_) -> Tensor:
+    """The same with the value V_t = −KL(π_θ‖π_T) as a baseline (arXiv 2605.07865):
+    −(r_t − V_t) log π_θ(y_t). E[∇ log π_θ] = 0, so the mean stays. The variance mostly falls.
+    """
+    log_p, log_q = log_prob(student_logits, tokens), log_prob(teacher_logits, tokens)
+    return -(log_q - log_p + kl(student_logits, teacher_logits)).detach() * log_p
+
+
+def policy_gradient(student_logits: Tensor, teacher_logits: None, tokens: Tensor,
+                    advantages: Tensor) -> Tensor:
+    """−A log π_θ(y_t): GRPO's loss at one update per batch, where the clipped ratio is 1."""
+    return -advantages * log_prob(student_logits, tokens)
 
 
 def correctness(rollout: Rollout) -> float:
@@ -476,7 +476,7 @@ def calibrated_correctness(rollout: Rollout) -> float:
 
 def group_advantages(group: Group, reward: Callable[[Rollout], float] | None,
                      standardize: bool) -> list[float]:
-    """A_k = r_k − mean(r), over the standard deviation of r where GRPO's first form has it.
+    """A_k = r_k − mean(r), divided by the standard deviation of r if `standardize` (first GRPO).
 
     Zeros for a method without a reward.
     """
@@ -490,8 +490,8 @@ def group_advantages(group: Group, reward: Callable[[Rollout], float] | None,
 
 @dataclass(frozen=True)
 class Method:
-    """All that tells one method from another. Eq. 7 has two sums, and so there are two losses; the
-    name of a flag in place of a loss stands for the divergence that the flag chooses."""
+    """All that tells one method from another. Eq. 7 has two sums, and so there are two losses. One
+    that is given as text is the name of the flag that chooses it."""
 
     title: str
     confidence: Callable[[Group], float | list[float]] | None  # replaces c; None: as sampled
@@ -511,7 +511,7 @@ METHODS = {
     "opd": Method("OPD",                      None,             DIV,        DIV),
     "caopd": Method("CaOPD",                  mu_hat,           DIV,        DIV_C),
     "caopd-sc": Method("CaOPD-SC",            self_consistency, DIV,        DIV_C, reference=True),
-    # Not in the paper: the value to state is known, so the token itself is learned.
+    # Not in the paper: the token to state is given, and is learned itself.
     "caopd-direct": Method("CaOPD-direct",    mu_hat,           DIV,        replaced_token),
     "caopd-direct-loo": Method("CaOPD-LOO",   leave_one_out,    DIV,        replaced_token),
     # Eq. 2 from single samples. Replaced tokens are no samples: I_c keeps the full KL.
@@ -545,41 +545,38 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
           out: Path) -> None:
     """Algorithm 1, where METHODS[name] says how each step is done. Trains `student` in place.
 
-    The teacher starts as a copy of the student. Each step leaves a line in out/metrics.jsonl, and
-    an interrupted run goes on from its last checkpoint, to the same result.
+    The teacher starts as a copy of the student. The paper distills another y than the K rollouts
+    (line 10); like the released code, we distill the rollouts themselves, so that mu_hat contains
+    the R of each (leave_one_out takes it out). Each step leaves a line in out/metrics.jsonl, and an
+    interrupted run goes on from its last checkpoint, to the same result.
     """
     method = METHODS[name]
     answer_loss, confidence_loss = choose_losses(method, args)
     sampling, places = rollout_sampling(args), args.replace.split(",")
     teacher = make_teacher(student, args.teacher_device) if method.teacher else None
     optimizer = AdamW(student, args.weight_decay, args.clip)
-    tensors = optimizer.tensors()
-    if teacher is not None:
-        tensors |= {f"teacher.{key}": average for key, (average, _) in
-                    averaged_weights(teacher, student).items()}
+    tensors = optimizer.tensors() | teacher_tensors(teacher, student)
     stage = Stage(name, out, settings(args, name, task), tensors, args.save_every, args.track)
-    watched = method.confidence and asked_to_copy(confidence_loss, places, task.wording)
+    watched = asked_to_copy(method, confidence_loss, places, task.wording)
 
     for step in stage.steps(args.steps):
-        generator = seeded(args.seed, "rollout", step, student.device)
+        sampler = seeded(args.seed, "rollout", step, student.device)
 
-        # 1. Rollout: K completions y_k = (a_k, c_k) of each prompt x, verified by R(x, a_k).
-        #    Each rank samples for its share of the prompts.
+        # 1. Rollout: K completions y_k = (a_k, c_k) of each prompt x, verified by R(x, a_k). Each
+        #    rank samples for its share of the prompts, and then has the groups of all.
         examples = ranks.share(task.draw(args.prompts, "distill", step))
         with finite_logits(f"{name}, step {step}", tokenizer):
             groups = rollout(student, tokenizer, examples, task.wording, args.rollouts, sampling,
-                             generator)
+                             sampler)
+            if method.reference:
+                add_references(groups, teacher, tokenizer, task.wording, sampling, sampler)
+        groups = ranks.gather(groups)
 
         # 2. Empirical confidence: mu_hat(x) = (1/K) sum_k R(x, a_k), or the method's own estimate.
-        if method.reference:
-            add_references(groups, teacher, tokenizer, task.wording, sampling, generator)
-        groups = ranks.gather(groups)  # From here on every rank has the groups of all.
         confidences = [method.confidence(group) if method.confidence else None for group in groups]
 
         # 3. Target replacement: mu_hat is stated in the completion and in the teacher's context.
-        #    The paper distills another y than the K rollouts (line 10); like the released code, we
-        #    distill the rollouts themselves, so that mu_hat contains the R of each (leave_one_out
-        #    takes it out). A method with a reward has advantages, and zeros stand for none.
+        #    A method with a reward has advantages, and zeros stand for none.
         targets = []
         for group, confidence in zip(groups, confidences):
             advantages = group_advantages(group, method.reward, method.standardize)
@@ -591,11 +588,11 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
                                        args.skip_tokens, args.micro_tokens)
 
         # Update: AdamW for the student, and the teacher follows as its moving average.
-        generator = seeded(args.seed, "rounding", step, student.device)
+        rounding = seeded(args.seed, "rounding", step, student.device)
         lr = args.lr * warmup_cosine(step, args.steps, args.warmup)
-        grad_norm = optimizer.step(step, lr, generator)
+        grad_norm = optimizer.step(step, lr, rounding)
         if teacher is not None and args.teacher_rate > 0:
-            ema_update(teacher, student, args.teacher_rate, generator)
+            ema_update(teacher, student, args.teacher_rate, rounding)
 
         row = summarize(groups, targets, losses)
         if watched:
@@ -614,13 +611,15 @@ def finite_logits(where: str, tokenizer: Tokenizer) -> Iterator[None]:
         raise BadInput(f"{where}: the logits after {text!r} are not finite; {REMEDY}") from None
 
 
-def asked_to_copy(confidence_loss: TokenLoss, places: Collection[str], wording: Wording) -> bool:
-    """Whether a teacher of a replaced confidence reads μ̂ in z̃ and scores a ỹ that states it.
+def asked_to_copy(method: Method, confidence_loss: TokenLoss, places: Collection[str],
+                  wording: Wording) -> bool:
+    """Whether the teacher is shown μ̂ and scores completions that state it.
 
-    One that does should hold it for the likeliest; `copied` in metrics.jsonl says how often.
+    Its likeliest token should then be μ̂'s; `copied` in metrics.jsonl says how often it is.
     """
     told = "demonstration" in places or ("instruction" in places and wording.report != "")
-    return confidence_loss in DIVERGENCES.values() and "completion" in places and told
+    scores = method.confidence is not None and confidence_loss in DIVERGENCES.values()
+    return scores and "completion" in places and told
 
 
 def seeded(seed: int, purpose: str, step: int, device: torch.device) -> torch.Generator:
@@ -633,7 +632,8 @@ def seeded(seed: int, purpose: str, step: int, device: torch.device) -> torch.Ge
 
 
 def summarize(groups: list[Group], targets: list[Target], loss: np.ndarray) -> dict:
-    """A step's row in metrics.jsonl; what is said is averaged over the parsable confidences."""
+    """A step's row in metrics.jsonl. `confidence` is the mean of those that could be parsed; both
+    losses are divided by all tokens of the step, so that they add up."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     stated = [rollout.confidence for rollout in rollouts if rollout.confidence is not None]
     # One confidence for all is a collapse only where success differs from prompt to prompt.
@@ -697,7 +697,7 @@ NOTHING_TO_LEARN = Target([0], [0], {Completion((0,), 1): 0})
 
 def averaged_weights(teacher: Transformer,
                      student: Transformer) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each weight that the student learns, by name: the teacher's average of it, and itself."""
+    """(the teacher's weight, the student's weight) by name, for the weights that are learned."""
     pairs = zip(student.named_parameters(), teacher.parameters())  # offloading renames the latter
     return {name: (average, weight) for (name, weight), average in pairs if weight.requires_grad}
 
@@ -716,8 +716,14 @@ def ema_update(teacher: Transformer, student: Transformer, rate: float,
         store(average, value, generator)
 
 
+def teacher_tensors(teacher: Transformer | None, student: Transformer) -> dict[str, Tensor]:
+    """What the EMA changes, by name, for checkpoints; nothing for a method without a teacher."""
+    pairs = averaged_weights(teacher, student) if teacher is not None else {}
+    return {f"teacher.{name}": average for name, (average, _) in pairs.items()}
+
+
 def make_teacher(student: Transformer, device: str) -> Transformer:
-    """A frozen copy of the student, which shares the weights that the student does not learn.
+    """A copy of the student without gradients; it shares the weights that the student keeps.
 
     device: "cpu" offloads its layers to main memory.
     """
@@ -851,35 +857,34 @@ VALUES = np.arange(101) / 100  # the confidences that a completion can state
 
 def confidence_distribution(model: Transformer, tokenizer: Tokenizer, groups: list[Group],
                             tokens_at_once: int) -> np.ndarray:
-    """P(c) over the 101 VALUES after each sampled answer, as the model has it, [N, 101] by rollout.
+    """The model's probability of each of the 101 VALUES after each sampled answer, [N, 101].
 
     All 101 segments share what they begin with, and their common prefixes are computed once. So
     are answers that came out the same.
     """
-    scored = []  # of each rollout: what comes before the confidence, and how its segment begins
+    keys = []  # of each rollout: the tokens before its segment, and how the segment begins
     for group in groups:
         for rollout in group.rollouts:
             n, before = data.split_completion(tokenizer, rollout.ids)
-            scored.append((*group.prompt, *rollout.ids[:n], before))
-    distinct = {key: i for i, key in enumerate(dict.fromkeys(scored))}
-    prefixes, segments = [list(key[:-1]) for key in distinct], [key[-1] for key in distinct]
-    branches = {before: Branches(tokenizer, before) for before in set(segments)}
-    costs = [len(prefix) + branches[before].num_tokens
-             for prefix, before in zip(prefixes, segments)]
-    rows = []
+            keys.append((tuple(group.prompt + rollout.ids[:n]), before))
+    distinct = list(dict.fromkeys(keys))
+    branches = {before: Branches(tokenizer, before) for _, before in distinct}
+    costs = [len(prefix) + branches[before].num_tokens for prefix, before in distinct]
+    rows = {}
     for batch in tqdm(micro_batches(costs, tokens_at_once), desc="its own confidence", unit="batch",
                       dynamic_ncols=True, leave=False, delay=1, disable=not ranks.first()):
-        each = [branches[segments[i]] for i in batch]
-        shared = SharedPrefix([prefixes[i] + b.start for i, b in zip(batch, each)],
+        part = [distinct[i] for i in batch]
+        each = [branches[before] for _, before in part]
+        shared = SharedPrefix([[*prefix, *b.start] for (prefix, _), b in zip(part, each)],
                               [b.parents for b in each], model.device)
         hidden = model.hidden(shared.input_ids, shared.positions, shared)[shared.predicts]
-        for b, h in zip(each, hidden.split([b.num_tokens for b in each])):
+        for key, b, h in zip(part, each, hidden.split([b.num_tokens for b in each])):
             log_p = model.logits(h).float().log_softmax(-1).cpu()  # [num_tokens, V]
             scores = (log_p[b.rows, b.tokens] * b.real).sum(1)  # [101]
-            rows.append(scores.softmax(0))
             if not scores.isfinite().all():
-                raise NotFinite("logits of the confidence", prefixes[len(rows) - 1])
-    return torch.stack(rows).double().numpy()[[distinct[key] for key in scored]]
+                raise NotFinite("logits of the confidence", list(key[0]))
+            rows[key] = scores.softmax(0)
+    return torch.stack([rows[key] for key in keys]).double().numpy()
 
 
 class Branches:
@@ -887,8 +892,9 @@ class Branches:
 
     In the toy `start` is `⏎Confidence: `, the branch of 0.53 is (`0.5`, `3`), and its parent is
     (`0.5`,): the logits after 11 parents give the probabilities of all 101 branches.
-    parents: the distinct branches without their last token, each followed by any token, since the
-    logits after a parent are what its last tokens are read from. rows, tokens, real [101, L]: where
+    parents: the distinct branches without their last token, each followed by a dummy, which
+    SharedPrefix drops (it reads logits, not targets). The first token of 0.53 is scored by the
+    logits after `start`, its second by those after the parent. rows, tokens, real [101, L]: where
     the logits of a branch's tokens stand among those of the parents; `real` is 0 for padding.
     """
 
@@ -958,29 +964,33 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     questions = [index[pair] for pair in asked]
     with finite_logits(f"{name}, evaluation", tokenizer):
         p = confidence_distribution(model, tokenizer, groups, sampling.micro_tokens)
-    answers = {"confidence": confidence, "correct": correct, "p": p}
+    mu = None
     if oracle_samples:
-        # The number of samples stands where the answers above have 1: these are other samples.
+        # oracle_samples, which is never 1, is part of the seed: other draws than those above.
         generator = seeded(seed, "evaluation", oracle_samples, model.device)
         others = ask(model, tokenizer, examples, wording, oracle_samples, sampling, generator,
                      f"{name}, to estimate μ(x)")
-        answers["mu"] = np.repeat([mu_hat(group) for group in others], samples)
+        mu = np.repeat([mu_hat(group) for group in others], samples)
+
+    def figures_of(rows) -> dict:
+        return every_readout(confidence[rows], correct[rows], p[rows],
+                             None if mu is None else mu[rows], oracle_samples)
+
     grades = np.repeat([str(group.example.grade) for group in groups], samples)
-    figures = every_readout(**answers, samples=oracle_samples) | {
+    figures = figures_of(slice(None)) | {
         "questions": len(groups),
         "stderr": bootstrap(confidence, correct, np.repeat(questions, samples)),
         "truncated": fmean(rollout.truncated for group in groups for rollout in group.rollouts),
         "reliability": reliability(confidence, correct),
-        "by_grade": {grade: every_readout(samples=oracle_samples, **{
-            key: values[grades == grade] for key, values in answers.items()})
-            for grade in dict.fromkeys(grades.tolist())}}
+        "by_grade": {grade: figures_of(grades == grade)
+                     for grade in dict.fromkeys(grades.tolist())}}
     if paper_samples:
         generator, sampling = seeded(seed, "paper", 1, model.device), replace(sampling, **PAPER)
         groups = ask(model, tokenizer, examples, wording, paper_samples, sampling, generator,
                      f"{name}, sampled as in the paper")
-        confidence, correct = stated_and_correct(groups)
-        figures["paper"] = calibration(confidence, correct) | {
-            "stderr": bootstrap(confidence, correct, np.repeat(questions, paper_samples))}
+        answers = stated_and_correct(groups)
+        figures["paper"] = calibration(*answers) | {
+            "stderr": bootstrap(*answers, np.repeat(questions, paper_samples))}
     return figures
 
 
@@ -1035,9 +1045,9 @@ RUN, DISTILL, SAMPLE, BASE, TOY, EVAL, HARDWARE = (
     "what to run", "distillation", "lengths and sampling", "supervised stage (makes the base)",
     "the embedded world's transformer", "evaluation", "hardware")
 
-# What another value of a flag makes stale: ALL (the base model, and all that is trained from it),
-# METHOD (what a method has trained) or NOTHING. A checkpoint or a base is taken up again only where
-# every flag that decides it is the same.
+# What has to be made again when a flag changes: ALL (the base model, and all that is trained from
+# it), METHOD (what a method has trained) or NOTHING. A model or checkpoint is taken up again only
+# where every flag that decides it is the same.
 ALL, METHOD, NOTHING = "all", "method", "nothing"
 
 TRACKERS = "wandb", "trackio", "tensorboard"
@@ -1072,8 +1082,8 @@ class Args:
                       "the share of --train that is held out, such as 0.1")
     out: str = flag(RUN, NOTHING, "", "directory for results, metrics and models (default out/toy, "
                     "or out/TASK with --model)")
-    overwrite: bool = flag(RUN, NOTHING, False, "write over what other settings have made in --out; "
-                          "train and evaluate again what this very command has finished there")
+    overwrite: bool = flag(RUN, NOTHING, False, "write over what other settings have made in "
+                          "--out; make again what this very command has finished there")
     seed: int = flag(RUN, ALL, 0, "seed of everything random")
     track: str = flag(RUN, NOTHING, "", "also send figures and samples to one of these, which has "
                       "to be installed", TRACKERS)
@@ -1098,12 +1108,12 @@ class Args:
     save_adapter: bool = flag(DISTILL, METHOD, False, "also save the adapters alone, in PEFT's "
                               "format, in METHOD/adapter")
     clip: float = flag(DISTILL, ALL, 1.0, "largest gradient norm")
-    divergence: str = flag(DISTILL, METHOD, "reverse", "of the answer, and of a confidence that "
-                           "is not replaced: KL(student||teacher) as in Eq. 2, "
-                           "KL(teacher||student), or Jensen-Shannon", tuple(DIVERGENCES))
-    confidence_divergence: str = flag(DISTILL, METHOD, "forward", "of a replaced confidence: "
-                                      "reverse is Eq. 7's and goes to a mode of mu_hat, forward "
-                                      "the released code's and keeps its mean", tuple(DIVERGENCES))
+    divergence: str = flag(DISTILL, METHOD, "reverse", "on the answer, and on OPD's confidence: "
+                           "KL(student||teacher) as in Eq. 2, KL(teacher||student), or "
+                           "Jensen-Shannon", tuple(DIVERGENCES))
+    confidence_divergence: str = flag(DISTILL, METHOD, "forward", "on CaOPD's confidence: "
+                                      "reverse (Eq. 7) settles on the likeliest mu_hat, forward "
+                                      "(the released code) learns their mean", tuple(DIVERGENCES))
     teacher_rate: float = flag(DISTILL, METHOD, 0.0, "EMA rate of the teacher per step: 0 is a "
                                "frozen teacher, 1 the live student", real=0.05)
     context: str = flag(DISTILL, METHOD, "demo", "privileged context z: a demonstration (SDFT), or "
@@ -1182,7 +1192,8 @@ def argument(field: dataclasses.Field) -> dict:
         return {"action": "store_true", "help": help}
     if field.type is list:
         nargs, metavar, default = ("*", "QUESTION", None) if default is None else ("+", "PATH", [])
-        return {"nargs": nargs, "metavar": metavar, "default": default, "help": help}
+        return {"action": "extend", "nargs": nargs, "metavar": metavar, "default": default,
+                "help": help}
     toy, real = field.metadata["defaults"]
     if toy != real:
         help += f" [{toy}; with --model {real}]"
@@ -1276,6 +1287,10 @@ def check_together(args: Args) -> None:
     if any(method.reference for method in methods) and args.context != "demo":
         raise BadInput("--method caopd-sc needs --context demo: without a verifier no rollout is "
                        "known to be correct")
+    if "completion" not in args.replace.split(",") and any(
+            method.confidence_loss is replaced_token for method in methods):
+        raise BadInput(f"--replace {args.replace}: {args.method} learns the replaced tokens of the "
+                       "completion, and has none without `completion`")
     if args.save_adapter and not args.lora_rank:
         raise BadInput("--save-adapter: only --lora-rank N makes an adapter")
     if args.lora_rank and args.teacher_device == "cpu":
@@ -1474,13 +1489,13 @@ def toy_model(args: Args, tokenizer: Tokenizer) -> Config:
 
 def load_model(source: Path | None, config: Config, args: Args,
                device: torch.device) -> Transformer:
-    """A model to train, from its directory, or newborn where there is none, sharded over the ranks.
+    """A model to train, sharded over the ranks: from its directory, or of random weights.
 
     Its weights are float32 masters, or bfloat16 with --rounding stochastic; it computes in --dtype.
     With --lora-rank it is kept in --dtype, and its adapters are the float32 masters.
     """
     computed = getattr(torch, args.dtype)
-    adapted = source is not None and args.lora_rank > 0  # a newborn network has nothing to adapt
+    adapted = source is not None and args.lora_rank > 0  # random weights are not worth adapting
     stored = computed if adapted or args.rounding == "stochastic" else torch.float32
     # A model that needs several devices may be too large for one: sharding moves it, by the layer.
     place = device if ranks.size() == 1 else torch.device("cpu")

@@ -760,8 +760,9 @@ class SharedPrefix(Attend):
 
     def __init__(self, prompts: list[list[int]], completions: list[list[list[int]]],
                  device: torch.device):
+        flat = [ids for group in completions for ids in group]  # N completions
         owner = [b for b, group in enumerate(completions) for _ in group]  # N prompt indices
-        inputs = [ids[:-1] for group in completions for ids in group]
+        inputs = [ids[:-1] for ids in flat]
         lengths, widths = [len(ids) for ids in prompts], [len(ids) for ids in inputs]
         ends, self.prompt_tokens = list(accumulate(lengths)), sum(lengths)
         starts = accumulate(widths, initial=self.prompt_tokens)
@@ -771,7 +772,7 @@ class SharedPrefix(Attend):
                     for b, start, n in zip(owner, starts, widths)]
         self.input_ids = end_to_end(prompts + inputs, device)
         self.positions = end_to_end([range(n) for n in lengths] + steps, device)
-        self.targets = end_to_end([ids for group in completions for ids in group], device)
+        self.targets = end_to_end(flat, device)
         self.predicts = end_to_end(predicts, device)
         self.prompts, self.branches = Packed(lengths, device), None
         if max(widths) > 0:  # Completions of a single token feed nothing back.

@@ -27,7 +27,7 @@ import data
 from caopd import (COLUMNS, METHODS, PAPER, VALUES, Args, Group, Method, Rollout, Target, TokenLoss,
                    add_references, choose_losses, confidence_distribution, eq7, eval_sampling,
                    find_model, fitting, group_advantages, held_out_share, hidden_states, load_model,
-                   loss_masks, make_targets, make_task, mu_hat, number, pick_device, pick_dtype,
+                   loss_weights, make_targets, make_task, mu_hat, number, pick_device, pick_dtype,
                    rollout, rollout_sampling, seeded, title)
 from data import Example, Tokenizer, Wording
 from files import BadInput
@@ -39,10 +39,10 @@ from model import Config, SharedPrefix, Transformer
 LEGEND = (
     "How to read it. ±: one standard error, over questions. OCG: mean confidence − accuracy. "
     "stated: the confidence as it was written; greedy and expected: the likeliest one and the "
-    "mean, of the model's own distribution after its answer. floor / ceiling: Brier and SPR of a "
-    "confidence equal to the success rate μ(x). gap closed: how much of Brier's gap from OPD to "
-    "that floor, by what is stated / expected. The diagram: █ how much of a bin is right, │ what "
-    "it says, and its share of the answers.")
+    "mean, of the model's own distribution after its answer. floor: Brier of a confidence equal to "
+    "the success rate μ(x); SPR of μ̂: that of an estimate of μ(x), no bound. gap closed: how much "
+    "of Brier's gap from OPD to the floor, by what is stated / expected. The diagram: █ how much "
+    "of a bin is right, │ what it says, and its share of the answers.")
 
 
 def print_tables(results: dict, args: Args, out: Path) -> None:
@@ -76,7 +76,7 @@ def readout_table(results: dict) -> str:
     """
     words = ["stated", "greedy", "expected"]
     if any("oracle" in row for row in results.values()):
-        words += ["floor / ceiling", "gap closed"] if "opd" in results else ["floor / ceiling"]
+        words += ["floor / SPR of μ̂"] + ["gap closed"] * ("opd" in results)
     lines = [f"{'ECE / Brier / SPR':18}" + "".join(f"{word:>20}" for word in words)]
     for name, row in results.items():
         cells = [" / ".join(number(figures[key]) for key in ("ece", "brier", "spr"))
@@ -426,7 +426,7 @@ def loss_table(name: str, target: Target, student: Transformer, trained: Transfo
     losses = choose_losses(METHODS[name], args)
     y, = target.completions
     ids, n = list(y.ids), y.answer_length
-    in_answer, in_confidence = (mask.bool() for mask in loss_masks([target], args.skip_tokens))
+    in_answer, in_confidence = (w.bool() for w in loss_weights([target], args.skip_tokens))
     logits, teacher_logits = next_token_logits(student, target.prompt, ids), None
     columns = [["", *("I_a" if t < n else "I_c" for t in range(len(ids)))],
                ["token", *(shorten(spelled(tokenizer, [i]), 13) for i in ids)],

@@ -74,6 +74,7 @@ class Stage:
         self.metrics, self.samples = out / "metrics.jsonl", out / "samples.jsonl"
         self.tracker, self.next_look, self.warned = None, 0.0, set()
         self.accuracies = []  # of the rollouts of every update so far
+        self.pushed = False  # by any gradient so far; weight decay alone does not count as learning
         if ranks.first():
             (out / name).mkdir(parents=True, exist_ok=True)
         if track and ranks.first():
@@ -141,8 +142,9 @@ class Stage:
 
     def warn(self, step: int, row: dict) -> None:
         """Says what is wrong with a step's figures, each thing once."""
+        self.pushed |= row["grad_norm"] > 0
         if step + 1 == self.start + 5:
-            row["moved"] = (self.watched != self.at_start).float().mean().item()
+            row["moved"] = self.pushed * (self.watched != self.at_start).float().mean().item()
         if "accuracy" in row:
             self.accuracies.append(row["accuracy"])
         if len(self.accuracies) >= 2 * WINDOW:

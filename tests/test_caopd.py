@@ -914,7 +914,7 @@ def test_no_gradient_reaches_the_teacher_and_equal_contexts_give_no_loss(world):
 def test_masks_by_hand():
     target = Target([1], [1], {Completion((5, 6, 7, 1), 2): 3,
                                Completion((5, 6, 7), 2, truncated=True): 1, Completion((1,), 0): 1})
-    answer, confidence = caopd.loss_masks([target], 1)
+    answer, confidence = caopd.loss_weights([target], 1)
     assert answer.tolist() == [0, 3, 0, 0] + [0, 1, 0] + [0]
     assert confidence.tolist() == [0, 0, 3, 3] + [0, 0, 0] + [0]
 
@@ -984,7 +984,7 @@ def test_an_update_of_each_method_against_the_plain_way(world, tmp_path, monkeyp
         group, confidence and confidence(group),
         caopd.group_advantages(group, reward, standardize), tokenizer, task.wording,
         None if reward else "demo")]
-    count = sum(int(mask.sum()) for mask in caopd.loss_masks(targets, 0))
+    count = sum(int(mask.sum()) for mask in caopd.loss_weights(targets, 0))
     teacher, student = (None if reward else copy.deepcopy(student)), copy.deepcopy(student)
     sums = plain_loss(student, teacher, targets, answer_loss, confidence_loss, 0)
     assert [row["loss_answer"], row["loss_confidence"]] == pytest.approx(
@@ -1319,7 +1319,7 @@ def test_end_to_end_both_methods(tmp_path, capsys):
         tokenizer = data.Tokenizer.from_pretrained(tmp_path / "a" / name)
         assert saved.vocab_size == tokenizer.backend.get_vocab_size()
         assert set(first[name]["by_grade"]) == set(data.GRADES)
-    for words in ("CaOPD", "OCG", "accuracy / confidence", "0.9 to 1.0", "floor / ceiling",
+    for words in ("CaOPD", "OCG", "accuracy / confidence", "0.9 to 1.0", "floor / SPR of μ̂",
                   "gap closed", "temperature 0.6 and top-p 0.95"):
         assert words in printed
     assert [(row["stage"], row["step"]) for row in metrics(tmp_path / "a")] == \
@@ -1635,7 +1635,7 @@ def test_a_checkpoint_of_other_settings_is_not_taken(tmp_path):
 
 def test_the_oracle_row(tmp_path, capsys):
     results = run(tmp_path, "--method", "caopd", "--oracle", "4")
-    line = next(line for line in capsys.readouterr().out.splitlines() if "floor / ceiling" in line)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "SPR of μ̂" in line)
     assert line.index("floor") > line.index("expected")
     for name in ("base", "caopd"):
         oracle = results[name]["oracle"]

@@ -81,7 +81,7 @@ def test_the_terms_shown_are_those_that_the_trainer_sums(name, flags):
         weight.grad = torch.zeros_like(weight)
     *sums, _ = caopd.accumulate_gradient(student, teacher if METHODS[name].teacher else None,
                                          [target], *losses, args.skip_tokens, 1.0)
-    masks = caopd.loss_masks([target], args.skip_tokens)
+    masks = caopd.loss_weights([target], args.skip_tokens)
     assert [(terms.detach() * mask).sum().item() for mask in masks] == pytest.approx(sums, abs=1e-4)
 
 

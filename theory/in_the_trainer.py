@@ -61,7 +61,7 @@ def as_opd_reads(groups: list[caopd.Group], targets: list[caopd.Target]) -> list
 def answer_logits(model: Transformer, prompts: list[list[int]],
                   targets: list[caopd.Target]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits at the tokens of I_a, [M, V], and how many rollouts each token stands for, [M]."""
-    mask, _ = caopd.loss_masks(targets, 0)
+    mask, _ = caopd.loss_weights(targets, 0)
     shared = SharedPrefix(prompts, [t.sequences for t in targets], model.device)
     return model.logits(caopd.hidden_states(model, shared, mask > 0)), mask[mask > 0]
 
@@ -117,7 +117,7 @@ def context_on_the_answer(models: dict[str, Transformer], seed: int) -> None:
 def probability_of(model: Transformer, prompts: list[list[int]],
                    targets: list[caopd.Target]) -> float:
     """Mean probability that a completion states the confidence its target states."""
-    _, mask = caopd.loss_masks(targets, 0)
+    _, mask = caopd.loss_weights(targets, 0)
     shared = SharedPrefix(prompts, [t.sequences for t in targets], model.device)
     logits = model.logits(caopd.hidden_states(model, shared, mask > 0))
     nll = caopd.replaced_token(logits, None, shared.targets[mask > 0])
@@ -144,7 +144,7 @@ def updates_to_return(base: Transformer, groups: list[caopd.Group], loss, driven
         targets = away if update < driven else back
         if update >= driven and probability_of(student, [t.prompt for t in back], back) > 0.5:
             return at_zero, copies, update - driven
-        tokens = sum(int(mask.sum()) for mask in caopd.loss_masks(targets, 0))
+        tokens = sum(int(mask.sum()) for mask in caopd.loss_weights(targets, 0))
         caopd.accumulate_gradient(student, teacher, targets, caopd.kl, loss, 0, 1 / tokens)
         generator = caopd.seeded(0, "rounding", update, student.device)
         optimizer.step(update, STEP_SIZE, generator)
