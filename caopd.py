@@ -833,17 +833,24 @@ def reliability(confidence: np.ndarray, correct: np.ndarray) -> list[dict]:
              "accuracy": float(r[m].mean()) if m.any() else math.nan} for m in members]
 
 
-def bootstrap(confidence: np.ndarray, correct: np.ndarray, questions: Sequence[int]) -> dict:
+def bootstrap(confidence: np.ndarray, correct: np.ndarray, questions: Sequence[int],
+              grades: Sequence[str]) -> dict:
     """Standard error of each figure of `calibration`: over 200 draws of the different questions,
     with replacement, each with all of its answers.
 
-    confidence, correct: [N] answers; questions: the number, from 0, of what each answers, [N].
+    Questions are drawn within their grade, since the share of a grade is no accident: were it left
+    to chance, hard and easy grades would make accuracy vary about twice as much as it does.
+    confidence, correct: [N] answers; questions: the number, from 0, of what each answers, [N];
+    grades: of each answer's question, [N].
     """
     order, last = np.argsort(questions, kind="stable"), np.bincount(questions).cumsum()
     answers = np.split(order, last[:-1])  # of each question
+    grade = np.array([grades[rows[0]] for rows in answers])
+    members = [np.flatnonzero(grade == g) for g in dict.fromkeys(grade.tolist())]
     rng, drawn = np.random.default_rng(0), []
     for _ in range(200):
-        rows = np.concatenate([answers[q] for q in rng.integers(len(answers), size=len(answers))])
+        again = np.concatenate([rng.choice(m, len(m)) for m in members])
+        rows = np.concatenate([answers[q] for q in again])
         drawn.append(calibration(confidence[rows], correct[rows]))
     errors = {}
     for key in drawn[0]:
@@ -976,10 +983,11 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
         return every_readout(confidence[rows], correct[rows], p[rows],
                              None if mu is None else mu[rows], oracle_samples)
 
-    grades = np.repeat([str(group.example.grade) for group in groups], samples)
+    own_grades = [str(example.grade) for example in examples]
+    grades = np.repeat(own_grades, samples)
     figures = figures_of(slice(None)) | {
         "questions": len(groups),
-        "stderr": bootstrap(confidence, correct, np.repeat(questions, samples)),
+        "stderr": bootstrap(confidence, correct, np.repeat(questions, samples), grades),
         "truncated": fmean(rollout.truncated for group in groups for rollout in group.rollouts),
         "reliability": reliability(confidence, correct),
         "by_grade": {grade: figures_of(grades == grade)
@@ -990,7 +998,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
                      f"{name}, sampled as in the paper")
         answers = stated_and_correct(groups)
         figures["paper"] = calibration(*answers) | {
-            "stderr": bootstrap(*answers, np.repeat(questions, paper_samples))}
+            "stderr": bootstrap(*answers, *(np.repeat(each, paper_samples)
+                                            for each in (questions, own_grades)))}
     return figures
 
 
@@ -1145,8 +1154,8 @@ class Args:
     width: int = flag(TOY, ALL, 128, "hidden size")
     layers: int = flag(TOY, ALL, 3, "number of layers")
 
-    eval_questions: int = flag(EVAL, NOTHING, 1200, "ask N held-out questions, at most as "
-                               "many as a file has; generated ones can come twice", real=500)
+    eval_questions: int = flag(EVAL, NOTHING, 1200, "ask N held-out questions: of a file "
+                               "the first N; generated ones can come twice", real=500)
     eval_temperature: float = flag(EVAL, NOTHING, 1.0, "sampling temperature; 1 is where mu_hat is "
                                    "measured")
     eval_top_p: float = flag(EVAL, NOTHING, 1.0, "nucleus sampling")

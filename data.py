@@ -25,9 +25,9 @@ from files import (BadInput, an_object, from_json, parse_json, read_object, read
 
 # ------------------------------------------------------- y = (a, c): the confidence segment c
 
-# It may be in bold or in quotes, and have a space before the %.
-SEGMENT = re.compile(r"(?:\*\*|[\"'`“‘])?confidence\*{0,2}:[ \t*\"'`“‘]*(\S*(?:[ \t]+%)?)",
-                     re.IGNORECASE)
+# It may be in bold or in quotes, be called a level or a score, and have a space before the %.
+SEGMENT = re.compile(r"(?:\*\*|[\"'`“‘])?confidence(?:[ \t](?:level|score))?\*{0,2}[ \t]?[:=]"
+                     r"[ \t*\"'`“‘]*(\S*(?:[ \t]+%)?)", re.IGNORECASE)
 NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(%?)")
 
 
@@ -180,12 +180,15 @@ def as_it_is(value):
     return value
 
 
-# Arithmetic: the answer is the last number, as digits, and has to be whole.
+# Arithmetic: the answer is the last number, or that in the last box, as digits; it has to be whole.
+
+BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+EXPONENT = re.compile(r"(?<=[A-Za-z}])\^(?:\d+|\{\d+\})")  # of a unit, such as cm^2
 
 # Thousands are separated by a comma, by LaTeX's {,} or \, or by a no-break space.
 THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|\\,|[\u00a0\u202f])(?=\d{3}(?!\d))")
 FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
-# A sign, which is none directly behind a digit, a currency, and digits with what joins them.
+# A minus, unless it stands behind a digit, a currency, and digits with what joins them.
 WRITTEN_NUMBER = re.compile(r"((?<!\d)[-−])?(?:\\?[$€£])?((?:(?<!\.)\.)?\d(?:[\d.,/]*\d)?)")
 
 
@@ -195,11 +198,14 @@ def without_commas(text: str) -> str:
 
 
 def last_number(text: str) -> str | None:
-    """Finds the last number, as digits: that of "$1,046.00" is 1046.
+    """Finds the last number, as digits: that of "$1,046.00" is 1046. One in a box goes first.
 
     Returns None where there is none, or where it is not whole, such as 0.5, 0,5 or 1/2.
     """
-    numbers = WRITTEN_NUMBER.findall(FRACTION.sub(r"\1/\2", without_commas(text)))
+    if boxes := BOXED.findall(text):
+        text = boxes[-1]
+    text = EXPONENT.sub("", FRACTION.sub(r"\1/\2", without_commas(text)))
+    numbers = WRITTEN_NUMBER.findall(text)
     sign, digits = numbers[-1] if numbers else ("", "")
     whole = re.fullmatch(r"(\d+)(?:\.0+)?", digits)
     return ("-" if sign else "") + whole[1] if whole else None
@@ -214,13 +220,16 @@ def change_a_digit(answer: str, rng: random.Random) -> str:
 
 # Multiple choice: the answer is a letter.
 
-A_LETTER = r"[\s:(*]*(?!(?-i:a|I)[ \t]+\w)([A-Z])\b(?![-'’]\w)"
+# It may stand in brackets, quotes, LaTeX or bold, and is not the article of "a hard one".
+A_LETTER = (r"(?:[\s:(\[*$\"'`]|\\boxed\{|\\text\{|option\b)*(?!(?-i:a|I)[ \t]+\w)([A-Z])\b"
+            r"(?![-'’]\w)")
 CHOICES = (
-    re.compile(r"<answer>\s*([A-Z])\s*</answer>", re.IGNORECASE),
-    # "Answer: X" and "the answer is (X)", and not the article of "the answer is a hard one".
-    re.compile(r"\banswer\b[\s*]*(?:is\b|:)" + A_LETTER, re.IGNORECASE),
+    # The letter between the tags, alone or with the option's words: "B. NaCl".
+    re.compile(r"<answer>[^\w<]*([A-Z])(?:[^\w<]*|[^\w<\s]+\s[^<]*)</answer>", re.IGNORECASE),
+    re.compile(r"\b(?:answer|option|choice)\b[\s*]*(?:is\b|:)" + A_LETTER, re.IGNORECASE),
     re.compile(r"\banswer\b" + A_LETTER, re.IGNORECASE),
-    re.compile(r"^\W*([A-Z])\W*$", re.IGNORECASE))  # the letter alone
+    re.compile(r"\\boxed\{(?:\\text\{)?\W?([A-Z])\b", re.IGNORECASE),
+    re.compile(r"^\W*([A-Z])(?:\W*|[.):]\s[^\n]*)$", re.IGNORECASE))  # a line that begins with it
 
 
 def chosen_letter(text: str) -> str | None:
@@ -239,11 +248,11 @@ def another_letter(answer: str, rng: random.Random) -> str:
     return rng.choice([letter for letter in "ABCD" if letter != answer])
 
 
-# Tool use: the answer is the first call, a name with arguments that are compared as values. The
-# paper's evaluation compares them in this way too.
+# Tool use: the answer is the first call, a name with arguments that are compared as values, as in
+# the paper's evaluation. Both may stand in bold or in code.
 
-ACTION = re.compile(r"Action:[ \t]*(\S.*)")
-ACTION_INPUT = re.compile(r"\s*Action[ _]Input:\s*(?={)")
+ACTION = re.compile(r"action:[ \t*`]*([^\s*`].*)", re.IGNORECASE)
+ACTION_INPUT = re.compile(r"[\s*]*action[ _]input:[\s*`]*(?:json\s*)?(?={)", re.IGNORECASE)
 
 
 def first_call(text: str) -> tuple[str, dict] | None:
@@ -258,7 +267,7 @@ def first_call(text: str) -> tuple[str, dict] | None:
         if line.strip():
             action_input = ACTION_INPUT.match(text, start)
             if action and action_input:
-                return parse_call(action[1].rstrip(), text, action_input.end())
+                return parse_call(action[1].rstrip().rstrip("`*"), text, action_input.end())
             action = ACTION.search(line)
         start += len(line) + 1
     return None
@@ -475,14 +484,15 @@ class Tokenizer:
         return self.encode("0")
 
     def decode(self, ids: list[int]) -> str:
-        """Returns the text of token ids, without their special tokens."""
-        return self.backend.decode(ids, skip_special_tokens=True)
+        """Returns the text of token ids, without special tokens and those that end a turn."""
+        return self.backend.decode([i for i in ids if i not in self.eos_ids],
+                                   skip_special_tokens=True)
 
     def chat(self, messages: list[dict]) -> list[int]:
         """Returns the token ids of a chat, up to where the assistant begins to speak.
 
         messages: dicts with "role" and "content".
-        Raises BadInput where the chat template fails.
+        Raises BadInput where the chat template fails, or leaves out what is asked.
         """
         variables = {"tools": None, "documents": None, **self.special_tokens, **self.template_args,
                      "messages": messages, "add_generation_prompt": True}
@@ -492,6 +502,8 @@ class Tokenizer:
             raise BadInput(f"{self.origin}: the chat template failed: {error}") from None
         if not (ids := self.encode(text)):
             raise BadInput(f"{self.origin}: the chat template leaves nothing of the messages")
+        if messages[-1]["content"].strip() not in text:
+            raise BadInput(f"{self.origin}: the chat template leaves out what is asked")
         return ids
 
 

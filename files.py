@@ -120,11 +120,17 @@ class Unbroken:
         return getattr(self.stream, name)
 
 
+# What a model directory is read from, beside its *.safetensors and *.jinja.
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json",
+               "tokenizer.json", "tokenizer_config.json")
+
+
 def fingerprint(directory: Path) -> int:
     """A checksum of everything that a model directory is read from."""
     total = 0
     for path in sorted(directory.iterdir()):
-        if path.suffix in (".json", ".safetensors", ".jinja"):
+        read = path.name in MODEL_FILES or path.suffix in (".safetensors", ".jinja")
+        if read and path.is_file():
             total = zlib.crc32(path.name.encode(), total)
             with path.open("rb") as file:
                 while part := file.read(2 ** 24):

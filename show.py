@@ -166,7 +166,7 @@ def find_models(args: Args) -> dict[str, Path]:
 
 def knows_words(tokenizer: Tokenizer) -> bool:
     """Whether it can spell a question in words; the embedded world's tokenizer cannot."""
-    return tokenizer.decode(tokenizer.encode("What is")) == "What is"
+    return tokenizer.decode(tokenizer.encode("What is")).strip() == "What is"
 
 
 def wording(args: Args) -> Wording:

@@ -32,7 +32,7 @@ import optim
 import show
 from caopd import (METHODS, AdamW, Args, Completion, Group, Rollout, Sampling, Target,
                    accumulate_gradient, calibration, ema_update, make_targets, parse_args)
-from files import BadInput
+from files import BadInput, fingerprint
 from memory import memory_needed
 from model import Config, Transformer
 from stage import TROUBLE, Stage
@@ -109,7 +109,7 @@ def test_calibration_refuses_nonsense(c, r):
 def test_the_standard_error_of_accuracy_is_the_binomials(p):
     n = 500
     correct = np.arange(n) < p * n
-    stderr = caopd.bootstrap(np.random.default_rng(1).random(n), correct, range(n))
+    stderr = caopd.bootstrap(np.random.default_rng(1).random(n), correct, range(n), ["g"] * n)
     assert stderr["accuracy"] == pytest.approx((p * (1 - p) / n) ** 0.5, rel=0.15)
 
 
@@ -117,13 +117,30 @@ def test_the_standard_error_is_over_questions_and_not_over_answers():
     """Eight equal answers to a question say no more than one of them does."""
     rng = np.random.default_rng(2)
     confidence, correct, asked = rng.random(200), rng.random(200) < 0.4, range(200)
-    once = caopd.bootstrap(confidence, correct, asked)
-    often = [np.repeat(x, 8) for x in (confidence, correct, asked)]
+    grades = rng.choice(["hard", "easy"], 200)
+    once = caopd.bootstrap(confidence, correct, asked, grades)
+    often = [np.repeat(x, 8) for x in (confidence, correct, asked, grades)]
     assert caopd.bootstrap(*often) == pytest.approx(once)
-    again = [np.tile(x, 8) for x in (confidence, correct, asked)]  # the questions come again later
+    again = [np.tile(x, 8) for x in (confidence, correct, asked, grades)]  # they come again later
     assert caopd.bootstrap(*again) == pytest.approx(once)
-    independent = caopd.bootstrap(rng.random(1600), rng.random(1600) < 0.4, np.repeat(asked, 8))
+    independent = caopd.bootstrap(rng.random(1600), rng.random(1600) < 0.4, np.repeat(asked, 8),
+                                  np.repeat(grades, 8))
     assert independent["accuracy"] < 0.6 * once["accuracy"]
+
+
+def test_the_standard_error_is_that_of_asking_other_questions_of_the_same_grades():
+    """Against the spread of what is measured when each grade's questions are drawn anew."""
+    rng, success = np.random.default_rng(3), {"easy": 0.98, "middling": 0.5, "hard": 0.02}
+    grades = np.repeat(list(success), 100)
+    chance = np.array([success[grade] for grade in grades])
+
+    def ask() -> tuple[np.ndarray, np.ndarray]:
+        return (chance + rng.uniform(-0.02, 0.02, 300)).round(2), rng.random(300) < chance
+    measured = [calibration(*ask()) for _ in range(300)]
+    for key in ("accuracy", "ocg", "brier"):
+        truth = np.std([figures[key] for figures in measured])
+        errors = [caopd.bootstrap(*ask(), range(300), grades)[key] for _ in range(8)]
+        assert np.mean(errors) == pytest.approx(truth, rel=0.2)
 
 
 @pytest.mark.parametrize("samples", [2, 4, 16])
@@ -379,7 +396,7 @@ def test_estimators_from_samples_need_temperature_one(name):
 def test_bootstrap_passes_over_resamples_without_a_figure():
     """SPR does not exist in a resample without the one wrong answer."""
     confidence, correct = np.full(6, 0.5), np.array([1.0] * 5 + [0.0])
-    assert caopd.bootstrap(confidence, correct, range(6))["spr"] == 0
+    assert caopd.bootstrap(confidence, correct, range(6), ["g"] * 6)["spr"] == 0
 
 
 def test_a_reference_without_an_answer_agrees_with_none(world):
@@ -1552,10 +1569,12 @@ def test_one_confidence_for_all_is_a_collapse_where_success_differs(said, right,
     assert TROUBLE["collapse"][0](share) == collapsed
 
 
-@pytest.mark.parametrize("lr, still", [("1e-30", True), ("1e-4", False)])
-def test_updates_that_never_move_a_weight_are_told_once(tmp_path, capsys, lr, still):
+@pytest.mark.parametrize("lr, flags, still", [
+    ("1e-30", [], True), ("1e-4", [], False),
+    ("1e-2", ["--skip-tokens", "99", "--weight-decay", "0.1"], True)])  # decay alone is no learning
+def test_updates_that_never_move_a_weight_are_told_once(tmp_path, capsys, lr, flags, still):
     assert caopd.main([*TINY, "--out", str(tmp_path), "--method", "caopd", "--lr", lr,
-                       "--steps", "7"]) == 0
+                       "--steps", "7", *flags]) == 0
     said = capsys.readouterr().out
     assert said.count("caopd, step 4: no update has moved a weight so far; raise --lr") == still
 
@@ -1717,6 +1736,12 @@ def test_a_base_is_not_used_again_after_other_questions_or_weights(tmp_path, rea
 # ----------------------------------------------------------------------------- what is written
 
 
+def test_a_flag_with_several_files_can_be_repeated():
+    args = parse_args(["--model", "m", "--task", "mcq", "--train", "a", "b", "--train", "c",
+                       "--eval", "0.1"])
+    assert args.train == ["a", "b", "c"]
+
+
 def test_a_finished_command_shows_its_results_and_does_nothing_else(tmp_path, capsys, monkeypatch):
     def without_seconds(text: str) -> str:
         return text[text.index("accuracy  mean conf."):]
@@ -1806,6 +1831,24 @@ def test_a_run_never_goes_on_from_a_checkpoint_whose_rows_another_one_dropped(tm
     cut_off(0, "--lr", "1e-5")
     assert caopd.main(flags) == 0
     assert [row["step"] for row in metrics(tmp_path) if row["stage"] == "opd"] == [0, 1, 2, 3]
+
+
+def test_a_model_directory_is_known_by_what_is_read_from_it(real_model, tmp_path):
+    model = shutil.copytree(real_model, tmp_path / "model")
+    before = fingerprint(model)
+    (model / "results.json").write_text("{}")
+    (model / "directory.json").mkdir()
+    (model / "chat_template.jinja").symlink_to("nowhere")
+    assert fingerprint(model) == before
+    (model / "generation_config.json").write_text('{"eos_token_id": 1}')
+    assert fingerprint(model) != before
+
+
+def test_a_run_from_a_model_in_its_own_out_finishes_and_goes_on(real_model, tmp_path, capsys):
+    model = shutil.copytree(real_model, tmp_path / "model")
+    flags = ["--model", str(model), "--out", str(model), *REAL, "--method", "opd"]
+    assert caopd.main(flags) == caopd.main(flags) == 0
+    assert "has the results of this command" in capsys.readouterr().out
 
 
 def in_order(rows: list[dict]) -> list[dict]:
@@ -2246,6 +2289,7 @@ def test_adapters_are_all_that_is_held_beside_the_model():
     (["--method", "rlcr", "--rollouts", "1"], "--rollouts 1"),
     (["--method", "opd", "--context", "solution", "--rollouts", "1"], "--rollouts 1"),
     (["--method", "caopd-direct-loo", "--rollouts", "1"], "--rollouts 1"),
+    (["--method", "opd,caopd-direct", "--replace", "demonstration"], "--replace demonstration"),
     (["--seed", str(2 ** 64)], "--seed 18446744073709551616: it should be a whole number below"),
     (["--oracle", str(2 ** 63)], "--oracle 9223372036854775808"),
     (["--width", str(10 ** 12)], "--width 1000000000000"), (["--layers", "9999"], "--layers 9999"),

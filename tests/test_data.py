@@ -213,6 +213,12 @@ CALL = [{"Action": "search", "Action_Input": '{"q": "x", "n": 2}'}]
     ("arithmetic", "1046", r"\boxed{1{,}046}", True), ("arithmetic", "1046", "1\u202f046", True),
     ("arithmetic", "1046", r"1\,046", True), ("arithmetic", "-46", r"-\$46", True),
     ("arithmetic", "46", r"\boxed{\frac{3}{46}}", False),
+    ("arithmetic", "46", "46\nConfidence level: 0.85", True),
+    ("arithmetic", "46", "46\n**Confidence Score:** 0.85", True),
+    ("arithmetic", "46", "46\nConfidence = 0.85", True), ("arithmetic", "46", "46 cm^2", True),
+    ("arithmetic", "46", r"\boxed{46}\text{ m}^{2}", True), ("arithmetic", "10", "2^10", True),
+    ("arithmetic", "46", "\\boxed{46}\n\nThis took 3 steps.", True),
+    ("arithmetic", "46", r"\boxed{45} no, \boxed{46}", True),
     ("arithmetic", "123456", "12,3456", False), ("arithmetic", "1234567", "1,234,567.00", True),
     ("arithmetic", "7", "3, 5, 7", True), ("arithmetic", "7", "3.5.7", False),
     ("mcq", "B", "<answer>\nB\n</answer>", True), ("mcq", "B", "<answer>b</answer>", True),
@@ -229,12 +235,20 @@ CALL = [{"Action": "search", "Action_Input": '{"q": "x", "n": 2}'}]
     ("mcq", "B", "The answer is B. Answer A is wrong because it is polar.", True),
     ("mcq", "B", "**Answer**: B\nNote that answer C is tempting.", True),
     ("mcq", "C", "The answer is C-H bond cleavage.", False), ("mcq", "D", "Answer D", True),
+    ("mcq", "B", r"The answer is \boxed{B}.", True), ("mcq", "B", r"\boxed{\text{B}}", True),
+    ("mcq", "B", "Answer: $B$", True), ("mcq", "B", "<answer>B. NaCl</answer>", True),
+    ("mcq", "B", "<answer>**B**</answer>", True), ("mcq", "A", "<answer>A salt</answer>", False),
+    ("mcq", "B", 'The answer is "B".', True), ("mcq", "B", "The correct option is B.", True),
+    ("mcq", "B", "The correct answer is option B.", True), ("mcq", "B", "B) NaCl", True),
+    ("mcq", "A", "A) NaCl\nB) KCl", False), ("mcq", "A", "Option A is wrong.", False),
     ("tool", CALL, 'Action: search\nAction Input: {"n": 2, "q": "x"}', True),
     ("tool", CALL, 'Thought: so\nAction: search\nAction_Input: {"q":"x","n":2} end', True),
     ("tool", CALL, 'Action: search\nAction Input: {"q": "x"}', False),
     ("tool", CALL, 'Action: find\nAction Input: {"q": "x", "n": 2}', False),
     ("tool", CALL, 'Action: search\nAction Input: {"q": ', False),
     ("tool", CALL, "Action: search", False),
+    ("tool", CALL, '**Action:** `search`\n**Action Input:** {"q": "x", "n": 2}', True),
+    ("tool", CALL, 'action: search\naction input:\n```json\n{"q": "x", "n": 2}\n```', True),
     ("tool", CALL, 'Action: search\nAction Input: ' + '{"a":' * 5000, False)])
 def test_verify(task, answer, text, right):
     assert verify(Example(task, "?", answer), text) is right
@@ -296,7 +310,9 @@ def test_calls_are_found_where_one_expression_finds_them():
 @pytest.mark.parametrize("repeated", [
     ("Action: x", " ", "\n"), ("", "Action: "), ("Action: x\n", "\n"), ("", "Action: x\n", " \n"),
     ("", "Action: x\nAction Input:"), ("", "Action: x\nAction Input:\n\n\n"), ("answer", " "),
-    ("answer is", " ", "."), ("<answer>", " "), ("", "confidence:"), ("", ",1")])
+    ("answer is", " ", "."), ("<answer>", " "), ("", "confidence:"), ("", ",1"),
+    ("answer is", "option ", "."), ("<answer>B. ", "x"), ("", "\\boxed{", "1"), ("B. ", "x", "\n"),
+    ("", "confidence level", " "), ("answer", "\\boxed{", "."), ("<answer>", "*")])
 def test_answers_are_extracted_in_linear_time(repeated):
     """With time in the square of the length, let alone the cube, this would not end."""
     start, *units = repeated
@@ -334,6 +350,16 @@ def write_tokenizer(directory: Path, **config) -> Path:
     path = directory / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     return directory
+
+
+def test_an_end_token_that_is_a_word_is_not_said():
+    """tokenizer.json need not mark it as special, and config.json can name several."""
+    vocab = {"<unk>": 0, "42": 1, "<|im_end|>": 2, "stop": 3}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    backend.decoder = tokenizers.decoders.Fuse()
+    tokenizer = Tokenizer(backend, {"eos_token": "<|im_end|>", "chat_template": ""},
+                          {"eos_token_id": [2, 3]})
+    assert tokenizer.decode([1, 2]) == tokenizer.decode([1, 3]) == tokenizer.decode([1]) == "42"
 
 
 def test_the_toy_tokenizer_round_trip(tmp_path):
@@ -404,27 +430,29 @@ def test_a_generation_block_is_rendered(tmp_path):
 
 
 def test_templates_can_tell_the_date(tmp_path):
-    template = "{{ strftime_now('%Y') }}"
+    template = "{{ strftime_now('%Y') }}{{ messages[-1].content }}"
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template))
     year = datetime.now().year
-    assert tokenizer.decode(tokenizer.chat(ASK)) in (str(year), str(year - 1))
+    asked = ASK[-1]["content"]
+    assert tokenizer.decode(tokenizer.chat(ASK)) in (f"{year}{asked}", f"{year - 1}{asked}")
 
 
 def test_templates_may_have_large_numbers_and_widths(tmp_path):
     template = ("{{ 123456789 }}{{ 123456789 | string }}{{ '%10000' | trim }}"
                 "{{ '%s%02d' % (1, 2) }}{{ '7'.center(1) }}{{ namespace(n=123456789).n }}"
-                "{{ '{:02}'.format(3) }}")
+                "{{ '{:02}'.format(3) }}{{ messages[-1].content }}")
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template))
-    written = "123456789123456789%10000" + "102" + "7" + "123456789" + "03"
+    written = "123456789123456789%10000" + "102" + "7" + "123456789" + "03" + ASK[-1]["content"]
     assert tokenizer.chat(ASK) == tokenizer.encode(written)
 
 
 def test_templates_have_what_they_need(tmp_path):
     template = ("{% set n = namespace(total=0) %}{% for i in range(4) %}"
                 "{% set n.total = n.total + i %}{% endfor %}{{ n.total }}{{ dict(a=7).a }}"
-                "{% set metered = 8 %}{{ metered }}")  # the name of our own filter
+                "{% set metered = 8 %}{{ metered }}"  # the name of our own filter
+                "{{ messages[-1].content }}")
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, chat_template=template))
-    assert tokenizer.decode(tokenizer.chat(ASK)) == "678"
+    assert tokenizer.decode(tokenizer.chat(ASK)) == "678" + ASK[-1]["content"]
 
 
 @pytest.mark.parametrize("template, words", [
@@ -440,7 +468,8 @@ def test_templates_have_what_they_need(tmp_path):
     ("{{ 'x' * 1000000000 }}", "too large"), ("{{ 10 ** 10 ** 10 }}", "too large"),
     ("{% set n = namespace(x='x') %}{% for i in range(64) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
      "does not seem to end"), ("{{ messages[1] }}", "leaves nothing"), ("", "leaves nothing"),
-    (r"{{ '\ud800' }}", "has no tokens"),
+    (r"{{ '\ud800' }}", "has no tokens"), ("{{ messages[0].role }}", "leaves out what is asked"),
+    ("{% for part in messages[0].content %}{{ part.text }}{% endfor %}>", "leaves out what is ask"),
     ("{{ 'x' | center(10**9) }}", "to end"), ("{{ 'x'.center(10**9) }}", "to end"),
     ("{{ messages | tojson(indent=10**9) }}", "to end"), ("{{ [1] | batch(10**9, 0) }}", "to end"),
     ("{{ '%999999999d' % 1 }}", "too wide"), ("{{ '%*d' % (10**9, 1) }}", "too wide"),
