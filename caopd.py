@@ -532,7 +532,7 @@ def choose_losses(method: Method, args: "Args") -> tuple[TokenLoss, TokenLoss]:
     Eq. 7 has one divergence, the reverse KL. On a replaced confidence our default is the forward
     KL, as in the released code. The μ̂ of a prompt differs from step to step: it is a mean of K
     draws of probability μ(x). Forward KL learns the mixture of these targets, whose mean is μ(x).
-    Reverse KL settles on the likeliest of them, which is 0 wherever μ(x) < 1/(K + 1).
+    Reverse KL, where it is sharp, settles on the likeliest of them, 0 wherever μ(x) < 1/(K + 1).
     """
     return tuple(DIVERGENCES[getattr(args, loss)] if isinstance(loss, str) else loss
                  for loss in (method.answer_loss, method.confidence_loss))

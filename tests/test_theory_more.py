@@ -315,8 +315,7 @@ def test_a_confidence_that_sees_the_answer_passes_both_prompt_level_yardsticks()
         cells = (p_x[:, None] * b).ravel()
         for own in (1 / 8, 1.0):
             c = after_the_answer.stated(b, b, own).ravel()
-            if own == 1.0:
-                assert prompt_level.spr(cells, b.ravel(), c) > prompt_level.spr_ceiling(p_x, mu)
+            assert prompt_level.spr(cells, b.ravel(), c) > prompt_level.spr_ceiling(p_x, mu)
 
 
 def test_the_target_r_is_learned_by_heart_and_new_questions_know_nothing_of_it():

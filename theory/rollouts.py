@@ -112,9 +112,10 @@ def main() -> None:
     print("\n  At K = 1 a sharp reverse KL rounds μ to 0 or 1: it polarizes, and is overconfident "
           "only where the student is\n"
           "  right more than half the time. The mode of μ̂ is within 1/K of μ. A large K needs a "
-          "sharper teacher under either\n"
-          "  divergence, since there are more levels to copy wrongly: at K = 32, s = 4 and μ = .9 "
-          f"forward KL is off by {forward_bias(32, 0.9, 4.0):+.3f}.\n")
+          "sharper teacher: there are\n"
+          "  more levels to copy wrongly (at K = 32, s = 4 and μ = .9 forward KL is off by "
+          f"{forward_bias(32, 0.9, 4.0):+.3f}), and under\n"
+          "  reverse KL μ̂ spreads over more of them, so that exp(s · P) flattens.\n")
     print("  Cross-entropy on the replaced tokens: mean confidence, and what Brier pays over the "
           "floor at μ = .8:\n")
     floor, directs = 0.8 * 0.2, [(k, direct_confidence(k, 0.8)) for k in COUNTS]
