@@ -125,7 +125,7 @@ def replace_confidence(
     ids: the tokens of a sampled completion. value: the confidence to state, in [0, 1].
     Returns (new_ids, n), where n is the number of answer tokens, which are taken over as they are.
     We join token ids and not text, because decoding an answer and encoding it again can change its
-    tokens, and then Eq. 7 would no longer leave the loss on I_a alone.
+    tokens, and with them the loss on I_a, which Eq. 7 leaves as it is.
     """
     n, before = split_completion(tokenizer, ids)
     segment = tokenizer.encode_rest(before + format_confidence(value))
@@ -558,7 +558,7 @@ def checksum(content: list) -> int:
     return zlib.crc32(json.dumps(content).encode())
 
 
-NAMES = {  # of a field of Row, with those that others give it: the first that has a value counts
+NAMES = {  # a field of Row, and what others call it too: the first that has a value counts
     "prompt": ("prompt", "question", "messages"),
     "answer": ("answer", "golden_answer", "solution"),
     "system": ("system",),
@@ -675,8 +675,8 @@ def listed_task(examples: list[Example], held_out: list[Example], seed: int) -> 
 
 # ------------------------------------------------------- the embedded world: small arithmetic
 
-# There is no 1*1: its 55 products are learned by heart, those that are held out are then not known,
-# and no confidence can tell from a prompt whether it was among the former.
+# There is no 1*1: a model learns its 55 products by heart and misses some that are held out, and no
+# confidence can tell from a prompt which of the two it is.
 GRADES = {  # name: operation, digits of its operands, which are what makes a question hard
     "1+1": ("+", 1, 1), "2+1": ("+", 2, 1), "2+2": ("+", 2, 2), "3+3": ("+", 3, 3),
     "2*1": ("*", 2, 1), "2*2": ("*", 2, 2), "3*2": ("*", 3, 2)}
@@ -780,8 +780,8 @@ def arithmetic_task(
 def toy_tokenizer() -> Tokenizer:
     """Makes the tokenizer of the embedded world, with a chat template.
 
-    Every character is a token, but the pieces of a confidence are longer ones. Its tenths are one
-    token, so that the first that is written tells high from low.
+    Every character is a token, but the pieces of a confidence are longer ones: 0.73 is `0.7` and
+    `3`, so that its first token already tells high from low.
     """
     special = ["<|unknown|>", "<|end|>", "<|user|>", "<|assistant|>"]
     tenths = [f"{n / 10:.1f}" for n in range(11)]

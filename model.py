@@ -327,7 +327,7 @@ class LoRALinear(nn.Module):
         return linear(x, self.weight, self.bias) + self.scale * learned
 
     def merged(self) -> Tensor:
-        """W + (α/r) B A, in the dtype of W and in main memory, which has room for a copy."""
+        """W + (α/r) B A, in the dtype of W and on the CPU, where there is room for a copy."""
         learned = self.lora_B.detach() @ self.lora_A.detach()
         return (self.weight + self.scale * learned).to(self.weight.dtype).cpu()
 
@@ -436,7 +436,7 @@ class Transformer(nn.Module):
         for name, weight in self.named_parameters():
             if weight.is_meta:
                 continue  # It has a shape and no values.
-            if weight.dim() == 2:  # The deviation is 1/√D, and smaller where layers add up.
+            if weight.dim() == 2:  # The deviation is 1/√D, and less for what the residual adds up.
                 adds_up = name.endswith(("o_proj.weight", "down_proj.weight"))
                 terms = 2 * config.num_hidden_layers if adds_up else 1
                 nn.init.normal_(weight, std=(config.hidden_size * terms) ** -0.5)
@@ -737,7 +737,8 @@ class Packed(Attend):
             self.kv.append((k, v))
         share = q.shape[1] // k.shape[1]
         if share > 1 and (mask is not None or q.dtype == torch.float32):
-            # Then no fused kernel of a GPU shares heads, and the plain one stores all P² scores.
+            # With a mask, or in float32, no fused GPU kernel lets heads share keys, and the plain
+            # one would store all P² scores.
             k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
         # Padding needs no mask: it stands on the right, where causal attention never looks.
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
