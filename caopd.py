@@ -53,7 +53,7 @@ import data
 import ranks
 from data import Example, Task, Tokenizer, Wording
 from files import (BadInput, Unbroken, claimed, fingerprint, map_leaves, parse_json, read_object,
-                   to_json, write_text)
+                   read_text, to_json, write_text)
 from model import Config, NotFinite, SharedPrefix, Transformer, generate
 from optim import AdamW, store, warmup_cosine, warmup_stable_decay
 from stage import REMEDY, Stage
@@ -838,14 +838,17 @@ def bootstrap(confidence: np.ndarray, correct: np.ndarray, questions: Sequence[i
     """Standard error of each figure of `calibration`: over 200 draws of the different questions,
     with replacement, each with all of its answers.
 
-    Questions are drawn within their grade, since the share of a grade is no accident: were it left
-    to chance, hard and easy grades would make accuracy vary about twice as much as it does.
+    Questions are drawn within their grade (grades of under 10 questions together), so that the
+    shares of hard and easy ones stay as they are. The toy's are fixed; left to chance they would
+    make its accuracy seem to vary about twice as much as it does.
     confidence, correct: [N] answers; questions: the number, from 0, of what each answers, [N];
     grades: of each answer's question, [N].
     """
     order, last = np.argsort(questions, kind="stable"), np.bincount(questions).cumsum()
     answers = np.split(order, last[:-1])  # of each question
-    grade = np.array([grades[rows[0]] for rows in answers])
+    grade = [grades[rows[0]] for rows in answers]
+    sizes = Counter(grade)
+    grade = np.array([g if sizes[g] >= 10 else "" for g in grade])
     members = [np.flatnonzero(grade == g) for g in dict.fromkeys(grade.tolist())]
     rng, drawn = np.random.default_rng(0), []
     for _ in range(200):
@@ -1236,6 +1239,7 @@ def parse_args(argv: list[str] | None) -> Args:
         if getattr(args, field.name) is None:
             setattr(args, field.name, field.metadata["defaults"][bool(args.model)])
     args.method = "opd,caopd" if args.method == "both" else args.method
+    args.model = args.model.rstrip("/") or args.model
     args.out = args.out or os.path.join("out", args.task if args.model else "toy")
     check_values(args)
     check_together(args)
@@ -1533,8 +1537,12 @@ def save(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
 
 def made(directory: Path, identity: dict) -> bool:
     """Whether a model that is complete and was made with these settings lies there."""
-    there = (directory / "config.json").exists()
-    return ranks.from_first(there and read_object(directory / "settings.json") == identity)
+    there = all((directory / name).exists() for name in ("config.json", "model.safetensors"))
+    try:
+        there = there and read_object(directory / "settings.json") == identity
+    except BadInput:
+        there = False
+    return ranks.from_first(there)
 
 
 def make_base(origin: Path | None, config: Config, tokenizer: Tokenizer, task: Task, args: Args,
@@ -1556,20 +1564,19 @@ def make_results(start: Path, config: Config, tokenizer: Tokenizer, task: Task, 
                  device: torch.device, out: Path, known: dict) -> Iterator[tuple[str, dict]]:
     """Trains every method from the base model in `start`; the name and figures of it and of each.
 
-    known: figures from earlier. Where a model has them, and is still there, that is all; one that
-    is there without them is evaluated alone.
+    known: figures from earlier, of models that are still there. A model that is there without its
+    figures is evaluated alone.
     """
     from share import model_card  # here, since share.py imports this file
     results = {}
     for name in ("base", *args.method.split(",")):
         identity = settings(args, name, task)
         ready = name != "base" and made(out / name, identity)
-        if name in known and (ready or name == "base"):
+        if name in known:
             results[name] = known[name]
             yield name, results[name]
             continue
         model = load_model(out / name if ready else start, config, args, device)
-        started = time.perf_counter()
         if name == "base":
             print(introduction(model, task, args))
         elif ready:
@@ -1582,8 +1589,7 @@ def make_results(start: Path, config: Config, tokenizer: Tokenizer, task: Task, 
                 origin = args.model if args.model and not args.sft_steps else str(start)
                 model.save_adapter(out / name / "adapter", origin)
             save(model, tokenizer, out / name)
-        trained = {"seconds": time.perf_counter() - started}
-        results[name] = trained | evaluate(
+        results[name] = {"seconds": training_seconds(out, name)} | evaluate(
             model, tokenizer, task.held_out, task.wording, eval_sampling(args), args.seed,
             args.eval_samples, args.oracle, args.paper_samples, name)
         made_here = name != "base" or args.sft_steps or not args.model
@@ -1591,6 +1597,14 @@ def make_results(start: Path, config: Config, tokenizer: Tokenizer, task: Task, 
             write_text(out / name / "README.md", model_card(name, results, identity, args))
         del model  # one student and one teacher at a time
         yield name, results[name]
+
+
+def training_seconds(out: Path, stage: str) -> float:
+    """How long all updates of a stage took, over all runs that it was made in."""
+    lines = read_text(out / "metrics.jsonl", absent="").splitlines(True)
+    rows = [parse_json(line, str(out / "metrics.jsonl")) for line in lines
+            if line.endswith("\n")]  # A killed run may have left half a line of another stage.
+    return sum(row["seconds"] for row in rows if row["stage"] == stage)
 
 
 def introduction(model: Transformer, task: Task, args: Args) -> str:
@@ -1654,7 +1668,10 @@ def already_there(out: Path, identity: dict, task: Task, args: Args) -> tuple[di
     if figures and words:
         return {}, f"results.json was made {words}"
     for name in saved_stages(args):
-        found = read_object(out / name / "settings.json")
+        try:
+            found = read_object(out / name / "settings.json")
+        except BadInput as error:
+            return figures, str(error)
         words = difference(found, settings(args, name, task))
         if words and (found or (out / name / "config.json").exists()):
             return figures, f"{name} was made {words}"
@@ -1664,10 +1681,11 @@ def already_there(out: Path, identity: dict, task: Task, args: Args) -> tuple[di
 def difference(found: dict, wanted: dict) -> str:
     """The first setting that is another one than wanted, in words; nothing if none is."""
     for key, value in wanted.items():
-        if key not in found or found[key] != value:
-            known = key in found and hasattr(Args, key)
-            return (f"with --{key.replace('_', '-')} {found[key]!r}, not {value!r}" if known else
-                    "of other questions, or from another model")
+        if key not in found:
+            return "without a record of its settings"
+        if found[key] != value:
+            return (f"with --{key.replace('_', '-')} {found[key]!r}, not {value!r}"
+                    if hasattr(Args, key) else "of other questions, or from another model")
     return ""
 
 
@@ -1688,9 +1706,11 @@ def run(args: Args) -> dict:
     figures, otherwise = ranks.from_first(already_there(out, identity, task, args))
     if otherwise and not args.overwrite:
         raise BadInput(f"--out {out}: {otherwise}; choose another --out, or --overwrite")
-    methods = args.method.split(",")
-    finished = {"base", *methods} <= figures.keys() and all(
-        made(out / name, settings(args, name, task)) for name in methods)
+    methods, stages = args.method.split(","), saved_stages(args)
+    given = {"base"} - set(stages)  # --model is the base itself, and is there
+    figures = {name: its for name, its in figures.items()
+               if name in given or made(out / name, settings(args, name, task))}
+    finished = {"base", *methods} <= figures.keys()
     if finished and not args.overwrite:
         print(f"{out} has the results of this command; --overwrite makes them again.")
     else:

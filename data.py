@@ -26,7 +26,7 @@ from files import (BadInput, an_object, from_json, parse_json, read_object, read
 # ------------------------------------------------------- y = (a, c): the confidence segment c
 
 # It may be in bold or in quotes, be called a level or a score, and have a space before the %.
-SEGMENT = re.compile(r"(?:\*\*|[\"'`“‘])?confidence(?:[ \t](?:level|score))?\*{0,2}[ \t]?[:=]"
+SEGMENT = re.compile(r"(?:\*\*|[\"'`“‘])?confidence(?:[ \t](?:level|score))?\*{0,2}[ \t]?:"
                      r"[ \t*\"'`“‘]*(\S*(?:[ \t]+%)?)", re.IGNORECASE)
 NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(%?)")
 
@@ -202,7 +202,7 @@ def last_number(text: str) -> str | None:
 
     Returns None where there is none, or where it is not whole, such as 0.5, 0,5 or 1/2.
     """
-    if boxes := BOXED.findall(text):
+    if boxes := [box for box in BOXED.findall(text) if any(map(str.isdigit, box))]:
         text = boxes[-1]
     text = EXPONENT.sub("", FRACTION.sub(r"\1/\2", without_commas(text)))
     numbers = WRITTEN_NUMBER.findall(text)
@@ -221,15 +221,18 @@ def change_a_digit(answer: str, rng: random.Random) -> str:
 # Multiple choice: the answer is a letter.
 
 # It may stand in brackets, quotes, LaTeX or bold, and is not the article of "a hard one".
-A_LETTER = (r"(?:[\s:(\[*$\"'`]|\\boxed\{|\\text\{|option\b)*(?!(?-i:a|I)[ \t]+\w)([A-Z])\b"
-            r"(?![-'’]\w)")
+A_LETTER = (r"(?:[\s:(\[*$\"'`]|\\boxed\{|\\text\{)*(?:option\b[\s(*]*)?"
+            r"(?!(?-i:a|I)[ \t]+\w)([A-Z])\b(?![-'’]\w)")
+ITS_WORDS = r"[.):]+[ \t]+(?:(?!(?-i:\b[A-Z]\b))[^<\n])*"  # "B. NaCl", and no list of letters
 CHOICES = (
-    # The letter between the tags, alone or with the option's words: "B. NaCl".
-    re.compile(r"<answer>[^\w<]*([A-Z])(?:[^\w<]*|[^\w<\s]+\s[^<]*)</answer>", re.IGNORECASE),
-    re.compile(r"\b(?:answer|option|choice)\b[\s*]*(?:is\b|:)" + A_LETTER, re.IGNORECASE),
+    re.compile(rf"<answer>[^\w<]*([A-Z])(?:[^\w<]*|{ITS_WORDS}\s*)</answer>", re.IGNORECASE),
+    # "Answer: X" and "the answer is (X)", and not the article of "the answer is a hard one".
+    re.compile(r"\banswer\b[\s*]*(?:is\b|:)" + A_LETTER, re.IGNORECASE),
     re.compile(r"\banswer\b" + A_LETTER, re.IGNORECASE),
-    re.compile(r"\\boxed\{(?:\\text\{)?\W?([A-Z])\b", re.IGNORECASE),
-    re.compile(r"^\W*([A-Z])(?:\W*|[.):]\s[^\n]*)$", re.IGNORECASE))  # a line that begins with it
+    re.compile(r"\b(?:correct|right|best) (?:option|choice)\b[ \t*]*(?:is\b|:)" + A_LETTER,
+               re.IGNORECASE),
+    re.compile(r"\\boxed\{(?:\\text\{)?\(?([A-Z])\)?\}"),
+    re.compile(rf"^\W*([A-Z])(?:\W*|{ITS_WORDS})$", re.IGNORECASE))  # the letter is all there is
 
 
 def chosen_letter(text: str) -> str | None:
@@ -251,8 +254,9 @@ def another_letter(answer: str, rng: random.Random) -> str:
 # Tool use: the answer is the first call, a name with arguments that are compared as values, as in
 # the paper's evaluation. Both may stand in bold or in code.
 
-ACTION = re.compile(r"action:[ \t*`]*([^\s*`].*)", re.IGNORECASE)
-ACTION_INPUT = re.compile(r"[\s*]*action[ _]input:[\s*`]*(?:json\s*)?(?={)", re.IGNORECASE)
+ACTION = re.compile(r"\baction\**:[ \t*`]*([^\s*`].*)", re.IGNORECASE)
+ACTION_INPUT = re.compile(r"[^\S\n]*\**action[ _]input\**:[\s*`]*(?:json\s*)?(?={)",
+                          re.IGNORECASE)
 
 
 def first_call(text: str) -> tuple[str, dict] | None:
@@ -267,7 +271,8 @@ def first_call(text: str) -> tuple[str, dict] | None:
         if line.strip():
             action_input = ACTION_INPUT.match(text, start)
             if action and action_input:
-                return parse_call(action[1].rstrip().rstrip("`*"), text, action_input.end())
+                name = action[1].rstrip().rstrip("`*").rstrip()
+                return parse_call(name, text, action_input.end())
             action = ACTION.search(line)
         start += len(line) + 1
     return None

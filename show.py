@@ -55,7 +55,10 @@ def print_tables(results: dict, args: Args, out: Path) -> None:
               f"{table({name: row['paper'] for name, row in results.items()})}")
     print("\n" + textwrap.fill(LEGEND, 100))
     print(f"\nEverything is in {out} (results.json, metrics.jsonl, samples.jsonl, the models).")
-    if others := [name for name in METHODS if name not in results and (out / name).is_dir()]:
+    others = [name for name in METHODS if name not in results and (out / name).is_dir()]
+    if args.model and not args.sft_steps and Path(args.model) != out / "base":
+        others += ["base"] * (out / "base").is_dir()  # the table's base is --model itself
+    if others:
         print(f"Also there, from other commands and not in this table: {', '.join(others)}.")
 
 

@@ -137,6 +137,8 @@ def test_the_standard_error_is_that_of_asking_other_questions_of_the_same_grades
     def ask() -> tuple[np.ndarray, np.ndarray]:
         return (chance + rng.uniform(-0.02, 0.02, 300)).round(2), rng.random(300) < chance
     measured = [calibration(*ask()) for _ in range(300)]
+    alone = caopd.bootstrap(*ask(), range(300), range(300))  # a grade each is as good as none
+    assert alone["accuracy"] == pytest.approx((0.25 / 300) ** 0.5, rel=0.15)
     for key in ("accuracy", "ocg", "brier"):
         truth = np.std([figures[key] for figures in measured])
         errors = [caopd.bootstrap(*ask(), range(300), grades)[key] for _ in range(8)]
@@ -2344,9 +2346,9 @@ def test_the_template_gets_its_arguments(tmp_path, real_model, capsys):
     shutil.copytree(real_model, quiet)
     (quiet / "chat_template.jinja").write_text(
         "{% if enable_thinking is not false %}{{ raise_exception('it thinks') }}{% endif %}"
-        "<user><user>")
+        "<user>{{ messages[-1].content }}")
     flags = ["--model", str(quiet), "--max-prompt", "1", "--out", str(tmp_path / "out")]
-    for given, words in (("{}", "it thinks"), ('{"enable_thinking": false}', "has 2 tokens")):
+    for given, words in (("{}", "it thinks"), ('{"enable_thinking": false}', "tokens")):
         assert caopd.main([*REAL, *flags, "--template-args", given]) == 2
         assert words in capsys.readouterr().err
 

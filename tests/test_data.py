@@ -215,7 +215,8 @@ CALL = [{"Action": "search", "Action_Input": '{"q": "x", "n": 2}'}]
     ("arithmetic", "46", r"\boxed{\frac{3}{46}}", False),
     ("arithmetic", "46", "46\nConfidence level: 0.85", True),
     ("arithmetic", "46", "46\n**Confidence Score:** 0.85", True),
-    ("arithmetic", "46", "46\nConfidence = 0.85", True), ("arithmetic", "46", "46 cm^2", True),
+    ("arithmetic", "46", "46 cm^2", True), ("arithmetic", "46", r"46, as \boxed{}", True),
+    ("arithmetic", "46", "First \\boxed{12}. So 46.", False),  # a box is the answer
     ("arithmetic", "46", r"\boxed{46}\text{ m}^{2}", True), ("arithmetic", "10", "2^10", True),
     ("arithmetic", "46", "\\boxed{46}\n\nThis took 3 steps.", True),
     ("arithmetic", "46", r"\boxed{45} no, \boxed{46}", True),
@@ -241,12 +242,18 @@ CALL = [{"Action": "search", "Action_Input": '{"q": "x", "n": 2}'}]
     ("mcq", "B", 'The answer is "B".', True), ("mcq", "B", "The correct option is B.", True),
     ("mcq", "B", "The correct answer is option B.", True), ("mcq", "B", "B) NaCl", True),
     ("mcq", "A", "A) NaCl\nB) KCl", False), ("mcq", "A", "Option A is wrong.", False),
+    ("mcq", "B", "Answer B. The worst choice is C.", True), ("mcq", "A", "A. B. C. D.", False),
+    ("mcq", "B", "The answer is B, though another option is C.", True),
+    ("mcq", "A", "<answer>A, B, C, D</answer>", False), ("mcq", "X", r"\boxed{x = 5}", False),
+    ("mcq", "A", "<answer>A. B. C. D.</answer>", False),
     ("tool", CALL, 'Action: search\nAction Input: {"n": 2, "q": "x"}', True),
     ("tool", CALL, 'Thought: so\nAction: search\nAction_Input: {"q":"x","n":2} end', True),
     ("tool", CALL, 'Action: search\nAction Input: {"q": "x"}', False),
     ("tool", CALL, 'Action: find\nAction Input: {"q": "x", "n": 2}', False),
     ("tool", CALL, 'Action: search\nAction Input: {"q": ', False),
     ("tool", CALL, "Action: search", False),
+    ("tool", CALL, 'Reaction: search\nAction Input: {"q": "x", "n": 2}', False),
+    ("tool", CALL, '**Action**: search\n**Action Input**: {"q": "x", "n": 2}', True),
     ("tool", CALL, '**Action:** `search`\n**Action Input:** {"q": "x", "n": 2}', True),
     ("tool", CALL, 'action: search\naction input:\n```json\n{"q": "x", "n": 2}\n```', True),
     ("tool", CALL, 'Action: search\nAction Input: ' + '{"a":' * 5000, False)])
@@ -288,7 +295,7 @@ def test_wrong_answers_are_drawn_as_they_always_were(task, answer, wrong):
 
 def first_call_by_one_expression(text: str) -> tuple[str, dict] | None:
     """What a call is, as one regular expression, which takes time with the cube of the length."""
-    call = re.search(r"Action:[ \t]*(\S[^\n]*?)\s*\n\s*Action[ _]Input:\s*(?={)", text)
+    call = re.search(r"\bAction:[ \t]*(\S[^\n]*?)\s*\n\s*Action[ _]Input:\s*(?={)", text)
     try:
         return call and (call[1], json.JSONDecoder().raw_decode(text, call.end())[0])
     except ValueError:
@@ -312,7 +319,8 @@ def test_calls_are_found_where_one_expression_finds_them():
     ("", "Action: x\nAction Input:"), ("", "Action: x\nAction Input:\n\n\n"), ("answer", " "),
     ("answer is", " ", "."), ("<answer>", " "), ("", "confidence:"), ("", ",1"),
     ("answer is", "option ", "."), ("<answer>B. ", "x"), ("", "\\boxed{", "1"), ("B. ", "x", "\n"),
-    ("", "confidence level", " "), ("answer", "\\boxed{", "."), ("<answer>", "*")])
+    ("", "confidence level", " "), ("answer", "\\boxed{", "."), ("<answer>", "*"),
+    ("", "option:"), ("", "*\n"), ("Action: x\n", "*\n"), ("", "the best option is ")])
 def test_answers_are_extracted_in_linear_time(repeated):
     """With time in the square of the length, let alone the cube, this would not end."""
     start, *units = repeated

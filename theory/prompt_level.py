@@ -5,9 +5,10 @@
             function of x beats one that orders all prompts by μ and ties none
 
 The second has a ceiling below 1, since easy prompts are answered wrong now and then and hard ones
-right. A confidence that is *sampled* given x breaks ties, of a prompt with itself too, and comes
-as near as one likes to AUROC(μ) = P(μ⁺ > μ⁻) + ½ P(μ⁺ = μ⁻), which no confidence that is drawn
-without a look at the answer can exceed. A confidence stated *after* the answer may depend on it, and can pass both yardsticks.
+right. A confidence that is *sampled* given x breaks ties, of a prompt with itself too, and comes as
+near as one likes to AUROC(μ) = P(μ⁺ > μ⁻) + ½ P(μ⁺ = μ⁻), which no confidence that is drawn without
+a look at the answer can exceed. A confidence stated *after* the answer may depend on it, and can
+pass both yardsticks.
 `python caopd.py --oracle N` prints both for the real thing.
 """
 
