@@ -52,11 +52,11 @@ from tqdm import tqdm
 import data
 import ranks
 from data import Example, Task, Tokenizer, Wording
-from files import (BadInput, Unbroken, claimed, fingerprint, map_leaves, parse_json, read_object,
-                   read_text, to_json, write_text)
+from files import (BadInput, Unbroken, claimed, fingerprint, from_json, map_leaves, parse_json,
+                   read_object, read_text, to_json, write_text)
 from model import Config, NotFinite, SharedPrefix, Transformer, generate
 from optim import AdamW, store, warmup_cosine, warmup_stable_decay
-from stage import REMEDY, Stage
+from stage import REMEDY, Logged, Stage
 
 # ------------------------------------------------------------------- Algorithm 1, step 1: rollout
 
@@ -1601,10 +1601,11 @@ def make_results(start: Path, config: Config, tokenizer: Tokenizer, task: Task, 
 
 def training_seconds(out: Path, stage: str) -> float:
     """How long all updates of a stage took, over all runs that it was made in."""
+    where = str(out / "metrics.jsonl")
     lines = read_text(out / "metrics.jsonl", absent="").splitlines(True)
-    rows = [parse_json(line, str(out / "metrics.jsonl")) for line in lines
+    rows = [from_json(Logged, parse_json(line, where), where) for line in lines
             if line.endswith("\n")]  # A killed run may have left half a line of another stage.
-    return sum(row["seconds"] for row in rows if row["stage"] == stage)
+    return sum(row.seconds for row in rows if row.stage == stage)
 
 
 def introduction(model: Transformer, task: Task, args: Args) -> str:

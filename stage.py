@@ -52,6 +52,7 @@ class Logged:
     stage: str
     step: int = within(0, 2 ** 63)
     accuracy: float | None = within(0, 1, default=None)  # of the step's rollouts
+    seconds: float = within(0, 2 ** 63, default=0.0)  # that the step took
 
 
 # What tells of an earlier model in a stage's directory; config.json says that one is complete.
