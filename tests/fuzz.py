@@ -36,7 +36,7 @@ import data
 import model
 from caopd import Args
 from data import Tokenizer
-from files import BadInput, fits
+from files import BadInput, claimed, fits
 from memory import memory_needed
 from model import Config, Transformer
 from mutations import Content, mutated
@@ -225,6 +225,7 @@ class Template(TokenizerFiles):
 
     def case(self, rng: random.Random) -> tuple[str, Content]:
         text = "".join(rng.choices(self.pieces.split("|"), k=rng.randrange(1, 8)))
+        text = rng.choice(("", "{{ messages[-1].content }}")) + text  # or it is soon refused
         if rng.random() < 0.2:
             loop = rng.choice(("{% for m in messages %}", "{% for i in range(99999) %}"))
             text = loop * rng.choice((1, 3, 30)) + text + "{% endfor %}" * rng.choice((1, 3, 30))
@@ -326,7 +327,8 @@ class Output(Kind):
 
     def attempt(self, name: str, content: Content) -> None:
         metrics = self.directory / "metrics.jsonl"
-        with self.put("metrics.jsonl", self.seeds["metrics.jsonl"]), self.put(name, content):
+        with (self.put("metrics.jsonl", self.seeds["metrics.jsonl"]), self.put(name, content),
+              claimed(self.directory)):
             start = self.stage().start
             rows = list(map(json.loads, metrics.read_text().splitlines()))
         assert type(start) is int and start >= 0, "a step that is none"
