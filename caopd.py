@@ -878,7 +878,7 @@ def confidence_distribution(model: Transformer, tokenizer: Tokenizer, groups: li
             n, before = data.split_completion(tokenizer, rollout.ids)
             keys.append((tuple(group.prompt + rollout.ids[:n]), before))
     distinct = list(dict.fromkeys(keys))
-    branches = {before: Branches(tokenizer, before) for _, before in distinct}
+    branches = {before: Branches(tokenizer, before) for before in {before for _, before in keys}}
     costs = [len(prefix) + branches[before].num_tokens for prefix, before in distinct]
     rows = {}
     for batch in tqdm(micro_batches(costs, tokens_at_once), desc="its own confidence", unit="batch",
