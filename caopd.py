@@ -840,7 +840,7 @@ def bootstrap(confidence: np.ndarray, correct: np.ndarray, questions: Sequence[i
 
     Questions are drawn within their grade (grades of under 10 questions together), so that the
     shares of hard and easy ones stay as they are. The toy's are fixed; left to chance they would
-    make its accuracy seem to vary about twice as much as it does.
+    make its accuracy seem to vary more than it does.
     confidence, correct: [N] answers; questions: the number, from 0, of what each answers, [N];
     grades: of each answer's question, [N].
     """
@@ -1535,6 +1535,11 @@ def save(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
         model.save_pretrained(directory)
 
 
+def saved_stages(args: Args) -> list[str]:
+    """The stages that leave a model in --out. A --model that is not trained first is the base."""
+    return [*(["base"] if args.sft_steps or not args.model else []), *args.method.split(",")]
+
+
 def made(directory: Path, identity: dict) -> bool:
     """Whether a model that is complete and was made with these settings lies there."""
     there = all((directory / name).exists() for name in ("config.json", "model.safetensors"))
@@ -1548,7 +1553,7 @@ def made(directory: Path, identity: dict) -> bool:
 def make_base(origin: Path | None, config: Config, tokenizer: Tokenizer, task: Task, args: Args,
               device: torch.device, out: Path) -> Path:
     """The directory of the base model: --model itself, or what the supervised stage makes of it."""
-    if origin and not args.sft_steps:
+    if "base" not in saved_stages(args):
         return origin
     base = out / "base"
     if made(base, settings(args, "base", task)):
@@ -1560,43 +1565,29 @@ def make_base(origin: Path | None, config: Config, tokenizer: Tokenizer, task: T
     return ranks.from_first(base)  # Other ranks wait until rank 0 has saved.
 
 
-def make_results(start: Path, config: Config, tokenizer: Tokenizer, task: Task, args: Args,
-                 device: torch.device, out: Path, known: dict) -> Iterator[tuple[str, dict]]:
-    """Trains every method from the base model in `start`; the name and figures of it and of each.
+def make_figures(name: str, start: Path, config: Config, tokenizer: Tokenizer, task: Task,
+                 args: Args, device: torch.device, out: Path) -> dict:
+    """Trains method `name` from the base model in `start`, unless its model is there, and asks it.
 
-    known: figures from earlier, of models that are still there. A model that is there without its
-    figures is evaluated alone.
+    name: a method, or "base" for the base model itself.
     """
-    from share import model_card  # here, since share.py imports this file
-    results = {}
-    for name in ("base", *args.method.split(",")):
-        identity = settings(args, name, task)
-        ready = name != "base" and made(out / name, identity)
-        if name in known:
-            results[name] = known[name]
-            yield name, results[name]
-            continue
-        model = load_model(out / name if ready else start, config, args, device)
-        if name == "base":
-            print(introduction(model, task, args))
-        elif ready:
-            print(f"Reusing the model in {out / name}: it was made with the same settings.")
-        else:
-            train(model, name, tokenizer, task, args, out)
-            model = model.for_inference()
-            ranks.free_unused()
-            if args.save_adapter and ranks.first():
-                origin = args.model if args.model and not args.sft_steps else str(start)
-                model.save_adapter(out / name / "adapter", origin)
-            save(model, tokenizer, out / name)
-        results[name] = {"seconds": training_seconds(out, name)} | evaluate(
-            model, tokenizer, task.held_out, task.wording, eval_sampling(args), args.seed,
-            args.eval_samples, args.oracle, args.paper_samples, name)
-        made_here = name != "base" or args.sft_steps or not args.model
-        if made_here and ranks.first():  # any other base has its own card
-            write_text(out / name / "README.md", model_card(name, results, identity, args))
-        del model  # one student and one teacher at a time
-        yield name, results[name]
+    ready = name != "base" and made(out / name, settings(args, name, task))
+    model = load_model(out / name if ready else start, config, args, device)
+    if name == "base":
+        print(introduction(model, task, args))
+    elif ready:
+        print(f"Reusing the model in {out / name}: it was made with the same settings.")
+    else:
+        train(model, name, tokenizer, task, args, out)
+        model = model.for_inference()
+        ranks.free_unused()
+        if args.save_adapter and ranks.first():
+            origin = str(start) if "base" in saved_stages(args) else args.model
+            model.save_adapter(out / name / "adapter", origin)
+        save(model, tokenizer, out / name)
+    return {"seconds": training_seconds(out, name)} | evaluate(
+        model, tokenizer, task.held_out, task.wording, eval_sampling(args), args.seed,
+        args.eval_samples, args.oracle, args.paper_samples, name)
 
 
 def training_seconds(out: Path, stage: str) -> float:
@@ -1617,11 +1608,6 @@ def introduction(model: Transformer, task: Task, args: Args) -> str:
     return (f"{args.model or 'The embedded world'}: {weights:,} parameters{adapters} in "
             f"{args.dtype} on {model.device}, {len(task.held_out)} {args.split} questions, seed "
             f"{args.seed}.{order}")
-
-
-def saved_stages(args: Args) -> list[str]:
-    """The stages that leave a model in --out. A --model that is not trained first is the base."""
-    return [*(["base"] if args.sft_steps or not args.model else []), *args.method.split(",")]
 
 
 def refuse_to_write_over(origin: Path, args: Args, out: Path) -> None:
@@ -1696,7 +1682,8 @@ def run(args: Args) -> dict:
     A model or figures that the same settings have made are not made again. What others have made is
     written over with --overwrite alone.
     """
-    from memory import check_memory  # here, since these two import this file
+    from memory import check_memory  # here, since these three import this file
+    from share import model_card
     from show import print_tables
     began, device, out = time.perf_counter(), pick_device(args.device), Path(args.out)
     args = replace(args, dtype=pick_dtype(args, device))
@@ -1707,11 +1694,11 @@ def run(args: Args) -> dict:
     figures, otherwise = ranks.from_first(already_there(out, identity, task, args))
     if otherwise and not args.overwrite:
         raise BadInput(f"--out {out}: {otherwise}; choose another --out, or --overwrite")
-    methods, stages = args.method.split(","), saved_stages(args)
+    names, stages = ("base", *args.method.split(",")), saved_stages(args)
     given = {"base"} - set(stages)  # --model is the base itself, and is there
     figures = {name: its for name, its in figures.items()
                if name in given or made(out / name, settings(args, name, task))}
-    finished = {"base", *methods} <= figures.keys()
+    finished = set(names) <= figures.keys()
     if finished and not args.overwrite:
         print(f"{out} has the results of this command; --overwrite makes them again.")
     else:
@@ -1722,16 +1709,19 @@ def run(args: Args) -> dict:
     with claimed(out) if ranks.first() else nullcontext():
         if not finished or args.overwrite:
             if finished:
-                figures = forget(["base", *methods], figures, out)
+                figures = forget(names, figures, out)
             write_results(out, figures, identity, began)
             start = make_base(origin, config, tokenizer, task, args, device, out)
-            for name, its in make_results(start, config, tokenizer, task, args, device, out,
-                                          figures):
-                figures[name] = its
+            for name in [name for name in names if name not in figures]:
+                figures[name] = make_figures(name, start, config, tokenizer, task, args, device,
+                                             out)
+                if name in stages and ranks.first():  # any other base has its own card
+                    card = model_card(name, figures, settings(args, name, task), args)
+                    write_text(out / name / "README.md", card)
                 write_results(out, figures, identity, began)
-        for name in ("base", *methods) if ranks.first() else ():
+        for name in names if ranks.first() else ():
             (out / name / "checkpoint.safetensors").unlink(missing_ok=True)
-    results = {name: figures[name] for name in ("base", *methods)}
+    results = {name: figures[name] for name in names}
     print_tables(results, args, out)
     return results
 

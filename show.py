@@ -28,7 +28,7 @@ from caopd import (COLUMNS, METHODS, PAPER, VALUES, Args, Group, Method, Rollout
                    add_references, choose_losses, confidence_distribution, eq7, eval_sampling,
                    find_model, fitting, group_advantages, held_out_share, hidden_states, load_model,
                    loss_weights, make_targets, make_task, mu_hat, number, pick_device, pick_dtype,
-                   rollout, rollout_sampling, seeded, title)
+                   rollout, rollout_sampling, saved_stages, seeded, title)
 from data import Example, Tokenizer, Wording
 from files import BadInput
 from model import Config, SharedPrefix, Transformer
@@ -56,7 +56,7 @@ def print_tables(results: dict, args: Args, out: Path) -> None:
     print("\n" + textwrap.fill(LEGEND, 100))
     print(f"\nEverything is in {out} (results.json, metrics.jsonl, samples.jsonl, the models).")
     others = [name for name in METHODS if name not in results and (out / name).is_dir()]
-    if args.model and not args.sft_steps and Path(args.model) != out / "base":
+    if "base" not in saved_stages(args) and Path(args.model) != out / "base":
         others += ["base"] * (out / "base").is_dir()  # the table's base is --model itself
     if others:
         print(f"Also there, from other commands and not in this table: {', '.join(others)}.")

@@ -143,6 +143,8 @@ def test_the_standard_error_is_that_of_asking_other_questions_of_the_same_grades
         truth = np.std([figures[key] for figures in measured])
         errors = [caopd.bootstrap(*ask(), range(300), grades)[key] for _ in range(8)]
         assert np.mean(errors) == pytest.approx(truth, rel=0.2)
+    pooled = caopd.bootstrap(*ask(), range(300), ["g"] * 300)["accuracy"]
+    assert pooled > 1.4 * np.std([figures["accuracy"] for figures in measured])
 
 
 @pytest.mark.parametrize("samples", [2, 4, 16])
@@ -1752,7 +1754,7 @@ def test_a_finished_command_shows_its_results_and_does_nothing_else(tmp_path, ca
     shown = capsys.readouterr().out
     before = {path: path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()}
     with monkeypatch.context() as patch:
-        patch.setattr(caopd, "make_results", None)
+        patch.setattr(caopd, "make_figures", None)
         assert run(tmp_path, *flags) == first
     again = capsys.readouterr().out
     assert "has the results of this command" in again and "--overwrite" in again

@@ -36,8 +36,7 @@ def cell(width: int, seed: int, out: Path, device: str) -> dict:
     rate = 3e-3 * (128 / width) ** 0.5  # Wider networks want smaller steps.
     args = caopd.parse_args([
         *SCHEDULE, "--width", str(width), "--seed", str(seed), "--sft-lr", str(rate),
-        "--lr", str(rate / 10), "--out", str(directory), "--device", device,
-        "--overwrite"])
+        "--lr", str(rate / 10), "--out", str(directory), "--device", device, "--overwrite"])
     kept = directory / "results.json"
     if kept.exists():
         results = json.loads(kept.read_text())
