@@ -202,7 +202,7 @@ def last_number(text: str) -> str | None:
 
     Returns None where there is none, or where it is not whole, such as 0.5, 0,5 or 1/2.
     """
-    if boxes := [box for box in BOXED.findall(text) if any(map(str.isdigit, box))]:
+    if boxes := [box for box in BOXED.findall(text) if re.search(r"\d", box)]:
         text = boxes[-1]
     text = EXPONENT.sub("", FRACTION.sub(r"\1/\2", without_commas(text)))
     numbers = WRITTEN_NUMBER.findall(text)

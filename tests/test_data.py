@@ -216,6 +216,7 @@ CALL = [{"Action": "search", "Action_Input": '{"q": "x", "n": 2}'}]
     ("arithmetic", "46", "46\nConfidence level: 0.85", True),
     ("arithmetic", "46", "46\n**Confidence Score:** 0.85", True),
     ("arithmetic", "46", "46 cm^2", True), ("arithmetic", "46", r"46, as \boxed{}", True),
+    ("arithmetic", "46", r"46 \boxed{m²}", True),
     ("arithmetic", "46", "First \\boxed{12}. So 46.", False),  # a box is the answer
     ("arithmetic", "46", r"\boxed{46}\text{ m}^{2}", True), ("arithmetic", "10", "2^10", True),
     ("arithmetic", "46", "\\boxed{46}\n\nThis took 3 steps.", True),
