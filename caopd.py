@@ -14,9 +14,9 @@ change, step 3, and the order of this file is its order:
 
 METHODS, after step 4, has a row for each method: OPD leaves out steps 2 and 3, GRPO has a reward in
 place of a teacher. `train` is the loop, and a first reading ends with it. Behind it stand the
-teacher, the supervised stage that makes the base model, evaluation, the command line and main;
-AdamW is in optim.py, logs and checkpoints are in stage.py. Each batch of rollouts is used for one
-update. Under torchrun several processes divide its prompts (ranks.py).
+teacher, the supervised stage that makes the base model, evaluation, the command line and main; the
+metrics are in metrics.py, AdamW in optim.py, logs and checkpoints in stage.py. Each batch of
+rollouts is used for one update. Under torchrun several processes divide its prompts (ranks.py).
 
     python caopd.py                                   the embedded world, from nothing to the table
     python caopd.py --model DIR --task arithmetic     the same on a real model
@@ -54,6 +54,7 @@ import ranks
 from data import Example, Task, Tokenizer, Wording
 from files import (BadInput, Unbroken, claimed, fingerprint, from_json, map_leaves, parse_json,
                    read_object, read_text, to_json, write_text)
+from metrics import VALUES, bootstrap, calibration, every_readout, reliability
 from model import Config, NotFinite, SharedPrefix, Transformer, generate
 from optim import AdamW, store, warmup_cosine, warmup_stable_decay
 from stage import REMEDY, Logged, Stage
@@ -119,7 +120,9 @@ def sample_completions(model: Transformer, tokenizer: Tokenizer, prompts: list[l
     """`num_samples` completions of each prompt, in as few batches as memory allows."""
     model, completions = model.for_inference(), []
     costs = [len(prompt) + num_samples * sampling.max_new_tokens for prompt in prompts]
-    for batch in micro_batches(costs, SAMPLED * sampling.micro_tokens):
+    for batch in tqdm(micro_batches(costs, SAMPLED * sampling.micro_tokens), desc="sampling",
+                      unit="batch", dynamic_ncols=True, leave=False, delay=5,
+                      disable=not ranks.first()):
         flat = generate(model, [prompts[i] for i in batch], sampling.max_new_tokens,
                         sampling.temperature, top_p=sampling.top_p, eos_ids=tokenizer.eos_ids,
                         num_samples=num_samples, generator=generator)
@@ -526,6 +529,10 @@ METHODS = {
 }
 
 
+def title(name: str) -> str:
+    return METHODS[name].title if name in METHODS else name
+
+
 def choose_losses(method: Method, args: "Args") -> tuple[TokenLoss, TokenLoss]:
     """The method's losses on I_a and on I_c, where flags have chosen the divergences.
 
@@ -784,148 +791,6 @@ def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: "Args"
 # ----------------------------------------------------------------------------- evaluation
 
 
-def calibration(confidence, correct, bins: int = 10) -> dict:
-    """The metrics of section 5: how often the model is right, and what its confidence is worth.
-
-    confidence: [N] floats in [0, 1]; NaN where no confidence could be parsed.
-    correct: [N] booleans or 0/1.
-    Returns accuracy and format (the share of parsable confidences) over all N, and over the
-    parsable ones mean_confidence, ocg = mean c − accuracy, ece = Σ_bins n_b/n |accuracy_b − mean
-    c_b|, brier = mean (c − R)², and spr = P(c⁺ > c⁻) over (correct, wrong) pairs with ties counted
-    as zero. A figure with nothing to average is NaN.
-    Bins are [i/10, (i+1)/10), to the digit. The released code cuts at np.linspace(0, 1, 11), which
-    puts .3, .6 and .7 a bin lower, and its headline counts an unparsable confidence as 0.0;
-    theory/in_the_trainer.py has both on the same answers.
-    Raises ValueError for arrays that are empty, of different lengths, or out of range.
-    """
-    c, r = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
-    shaped = c.ndim == 1 and c.shape == r.shape and len(c) > 0 and bins > 0
-    if not shaped or not np.isin(r, (0, 1)).all() or (c < 0).any() or (c > 1).any():
-        raise ValueError("calibration: needs two non-empty arrays of one length, confidences in "
-                         "[0, 1] or NaN, correct in {0, 1}")
-    accuracy, parsed = r.mean(), ~np.isnan(c)
-    c, r = c[parsed], r[parsed]
-    figures = {"accuracy": float(accuracy), "format": float(parsed.mean())}
-    if len(c) == 0:
-        return figures | dict.fromkeys(("mean_confidence", "ocg", "ece", "brier", "spr"), math.nan)
-    which = bin_of(c, bins)
-    ece = sum(abs((r - c)[which == b].sum()) for b in range(bins)) / len(c)
-    right, wrong = c[r == 1], np.sort(c[r == 0])
-    pairs = len(right) * len(wrong)
-    beaten = np.searchsorted(wrong, right, side="left").sum()  # "left" counts c⁻ < c⁺ strictly
-    return figures | {
-        "mean_confidence": float(c.mean()), "ocg": float(c.mean() - r.mean()), "ece": float(ece),
-        "brier": float(((c - r) ** 2).mean()), "spr": float(beaten / pairs) if pairs else math.nan}
-
-
-def bin_of(confidence: np.ndarray, bins: int) -> np.ndarray:
-    """The bin [i/bins, (i+1)/bins) of each confidence; 1.0 belongs to the last."""
-    # The nudge is for products such as 0.29 * 100 = 28.999999999999996.
-    return np.minimum((confidence * bins + 1e-9).astype(int), bins - 1)
-
-
-def reliability(confidence: np.ndarray, correct: np.ndarray) -> list[dict]:
-    """The reliability diagram: count, mean confidence and accuracy of 10 bins, NaN if empty."""
-    parsed = ~np.isnan(confidence)
-    c, r = confidence[parsed], correct[parsed]
-    members = [bin_of(c, 10) == b for b in range(10)]
-    return [{"count": int(m.sum()), "confidence": float(c[m].mean()) if m.any() else math.nan,
-             "accuracy": float(r[m].mean()) if m.any() else math.nan} for m in members]
-
-
-def bootstrap(confidence: np.ndarray, correct: np.ndarray, questions: Sequence[int],
-              grades: Sequence[str]) -> dict:
-    """Standard error of each figure of `calibration`: over 200 draws of the different questions,
-    with replacement, each with all of its answers.
-
-    Questions are drawn within their grade (grades of under 10 questions together), so that the
-    shares of hard and easy ones stay as they are. The toy's are fixed; left to chance they would
-    make its accuracy seem to vary more than it does.
-    confidence, correct: [N] answers; questions: the number, from 0, of what each answers, [N];
-    grades: of each answer's question, [N].
-    """
-    order, last = np.argsort(questions, kind="stable"), np.bincount(questions).cumsum()
-    answers = np.split(order, last[:-1])  # of each question
-    grade = [grades[rows[0]] for rows in answers]
-    sizes = Counter(grade)
-    grade = np.array([g if sizes[g] >= 10 else "" for g in grade])
-    members = [np.flatnonzero(grade == g) for g in dict.fromkeys(grade.tolist())]
-    rng, drawn = np.random.default_rng(0), []
-    for _ in range(200):
-        again = np.concatenate([rng.choice(m, len(m)) for m in members])
-        rows = np.concatenate([answers[q] for q in again])
-        drawn.append(calibration(confidence[rows], correct[rows]))
-    errors = {}
-    for key in drawn[0]:
-        values = [figures[key] for figures in drawn if not math.isnan(figures[key])]
-        errors[key] = float(np.std(values)) if values else math.nan
-    return errors
-
-
-VALUES = np.arange(101) / 100  # the confidences that a completion can state
-
-
-def confidence_distribution(model: Transformer, tokenizer: Tokenizer, groups: list[Group],
-                            tokens_at_once: int) -> np.ndarray:
-    """The model's probability of each of the 101 VALUES after each sampled answer, [N, 101].
-
-    All 101 segments share what they begin with, and their common prefixes are computed once. So
-    are answers that came out the same.
-    """
-    keys = []  # of each rollout: the tokens before its segment, and how the segment begins
-    for group in groups:
-        for rollout in group.rollouts:
-            n, before = data.split_completion(tokenizer, rollout.ids)
-            keys.append((tuple(group.prompt + rollout.ids[:n]), before))
-    distinct = list(dict.fromkeys(keys))
-    branches = {before: Branches(tokenizer, before) for before in {before for _, before in keys}}
-    costs = [len(prefix) + branches[before].num_tokens for prefix, before in distinct]
-    rows = {}
-    for batch in tqdm(micro_batches(costs, tokens_at_once), desc="its own confidence", unit="batch",
-                      dynamic_ncols=True, leave=False, delay=1, disable=not ranks.first()):
-        part = [distinct[i] for i in batch]
-        each = [branches[before] for _, before in part]
-        shared = SharedPrefix([[*prefix, *b.start] for (prefix, _), b in zip(part, each)],
-                              [b.parents for b in each], model.device)
-        hidden = model.hidden(shared.input_ids, shared.positions, shared)[shared.predicts]
-        for key, b, h in zip(part, each, hidden.split([b.num_tokens for b in each])):
-            log_p = model.logits(h).float().log_softmax(-1).cpu()  # [num_tokens, V]
-            scores = (log_p[b.rows, b.tokens] * b.real).sum(1)  # [101]
-            if not scores.isfinite().all():
-                raise NotFinite("logits of the confidence", list(key[0]))
-            rows[key] = scores.softmax(0)
-    return torch.stack([rows[key] for key in keys]).double().numpy()
-
-
-class Branches:
-    """The 101 confidence segments as token ids: `start`, which all share, then a branch for each.
-
-    In the toy `start` is `⏎Confidence: `, the branch of 0.53 is (`0.5`, `3`), and its parent is
-    (`0.5`,): the logits after 11 parents give the probabilities of all 101 branches.
-    parents: the distinct branches without their last token, each followed by a dummy, which
-    SharedPrefix drops (it reads logits, not targets). The first token of 0.53 is scored by the
-    logits after `start`, its second by those after the parent. rows, tokens, real [101, L]: where
-    the logits of a branch's tokens stand among those of the parents; `real` is 0 for padding.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, before: str):
-        ids = [tokenizer.encode_rest(before + data.format_confidence(value)) for value in VALUES]
-        self.start = os.path.commonprefix(ids)
-        branches = [tuple(segment[len(self.start):]) for segment in ids]
-        parents = list(dict.fromkeys(branch[:-1] for branch in branches))
-        self.parents = [[*parent, 0] for parent in parents]
-        self.num_tokens = sum(map(len, self.parents))
-        first = dict(zip(parents, np.cumsum([0, *map(len, self.parents)])))
-        shape = len(branches), max(map(len, branches))
-        self.rows, self.tokens = torch.zeros(shape).long(), torch.zeros(shape).long()
-        self.real = torch.zeros(shape)
-        for i, branch in enumerate(branches):
-            n = len(branch)
-            self.rows[i, :n] = int(first[branch[:-1]]) + torch.arange(n)
-            self.tokens[i, :n] = torch.tensor(branch)
-            self.real[i, :n] = 1
-
-
 def ask(model: Transformer, tokenizer: Tokenizer, examples: list[Example], wording: Wording,
         samples: int, sampling: Sampling, generator: torch.Generator, what: str) -> list[Group]:
     """`rollout` over many examples, which ranks share, with a progress bar that says `what`."""
@@ -961,8 +826,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     many questions were asked, the share of truncated answers, reliability bins, and under by_grade
     `every_readout` of each grade. oracle_samples: how many further answers estimate μ(x), or 0.
     paper_samples: how many answers per question are sampled as the paper samples them; their
-    metrics stand under `paper`. Ranks share the sampling; each of them computes the distribution of
-    the confidence after all answers.
+    metrics stand under `paper`. Ranks share the sampling; each of them computes what the model
+    thinks of all answers.
     """
     model = model.for_inference()
     generator = seeded(seed, "evaluation", 1, model.device)
@@ -973,7 +838,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     index = {pair: q for q, pair in enumerate(dict.fromkeys(asked))}
     questions = [index[pair] for pair in asked]
     with finite_logits(f"{name}, evaluation", tokenizer):
-        p = confidence_distribution(model, tokenizer, groups, sampling.micro_tokens)
+        likelihoods, p = score_answers(model, tokenizer, groups, sampling.micro_tokens)
     mu = None
     if oracle_samples:
         # oracle_samples, which is never 1, is part of the seed: other draws than those above.
@@ -983,7 +848,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
         mu = np.repeat([mu_hat(group) for group in others], samples)
 
     def figures_of(rows) -> dict:
-        return every_readout(confidence[rows], correct[rows], p[rows],
+        return every_readout(confidence[rows], correct[rows], p[rows], likelihoods[rows],
                              None if mu is None else mu[rows], oracle_samples)
 
     own_grades = [str(example.grade) for example in examples]
@@ -1006,49 +871,82 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
     return figures
 
 
-def every_readout(confidence: np.ndarray, correct: np.ndarray, p: np.ndarray,
-                  mu: np.ndarray | None = None, samples: int = 0) -> dict:
-    """The metrics of the confidence as it was stated, and under `readouts` also of the likeliest
-    one after the sampled answer (greedy) and of its mean (expected).
+def score_answers(model: Transformer, tokenizer: Tokenizer, groups: list[Group],
+                  tokens_at_once: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the model thinks of each answer that it sampled, at temperature 1.
 
-    confidence, correct: [N]; p: the distribution over VALUES after each answer, [N, 101]; mu: μ̂(x)
-    of each answer's question, [N], from `samples` other answers. With it `oracle` has what the best
-    prompt-level confidence would score.
+    Returns π_θ(a|x), the product over the answer's tokens and the one that ends it, [N], and the
+    probability of each of the 101 VALUES as its confidence, [N, 101]. All 101 segments share what
+    they begin with, and their common prefixes are computed once. So are answers that came out the
+    same. Raises NotFinite.
     """
-    stated = calibration(confidence, correct)
-    figures = stated | {"readouts": {
-        "stated": stated, "greedy": calibration(VALUES[p.argmax(1)], correct),
-        "expected": calibration((p @ VALUES).clip(0, 1), correct)}}
-    return figures if mu is None else figures | {"oracle": oracle(mu, correct, samples)}
+    keys = []  # of each rollout: prompt, answer, the token that ended it, how the segment begins
+    for group in groups:
+        for rollout in group.rollouts:
+            n, before = data.split_completion(tokenizer, rollout.ids)
+            answer, end = tuple(rollout.ids[:n]), tuple(rollout.ids[n:n + 1])
+            keys.append((tuple(group.prompt), answer, end, before))
+    distinct = list(dict.fromkeys(keys))
+    branches = {before: Branches(tokenizer, before) for before in {before for *_, before in keys}}
+    costs = [len(prompt) + len(answer) + branches[before].num_tokens
+             for prompt, answer, _, before in distinct]
+    likelihoods, rows = {}, {}
+    for batch in tqdm(micro_batches(costs, tokens_at_once), desc="scoring answers", unit="batch",
+                      dynamic_ncols=True, leave=False, delay=1, disable=not ranks.first()):
+        part = [distinct[i] for i in batch]
+        each = [branches[before] for *_, before in part]
+        prefixes = [[*prompt, *answer, *b.start] for (prompt, answer, *_), b in zip(part, each)]
+        shared = SharedPrefix(prefixes, [b.parents for b in each], model.device)
+        hidden = model.hidden(shared.input_ids, shared.positions, shared)
+        lengths = [len(ids) for ids in prefixes]
+        after = hidden[shared.predicts].split([b.num_tokens for b in each])
+        for key, b, first, h in zip(part, each, hidden[:sum(lengths)].split(lengths), after):
+            prompt, answer, end, _ = key
+            likelihoods[key] = likelihood(model, first[len(prompt) - 1:], answer + end)
+            log_p = model.logits(h).float().log_softmax(-1).cpu()  # [num_tokens, V]
+            scores = (log_p[b.rows, b.tokens] * b.real).sum(1)  # [101]
+            if not (scores.isfinite().all() and math.isfinite(likelihoods[key])):
+                raise NotFinite("logits of the confidence", list(prompt + answer))
+            rows[key] = scores.softmax(0)
+    return (np.array([likelihoods[key] for key in keys]),
+            torch.stack([rows[key] for key in keys]).double().numpy())
 
 
-def oracle(mu: np.ndarray, correct: np.ndarray, samples: int) -> dict:
-    """What the best prompt-level confidence, c = μ(x), would score.
+def likelihood(model: Transformer, hidden: Tensor, tokens: Sequence[int]) -> float:
+    """Π_t π_θ(y_t) of T tokens that the first T of these hidden states, [.., D], predict."""
+    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    ids = torch.tensor(tokens, device=hidden.device).long()
+    chunks = zip(hidden[:len(ids)].split(size), ids.split(size))
+    return math.exp(sum(log_prob(model.logits(h), part).sum().item() for h, part in chunks))
 
-    mu: μ̂(x) of each answer's question, [N], from `samples` other answers; correct: [N].
-    Brier is the floor E[μ(1 − μ)], unbiased: E[μ̂(1 − μ̂)] = (1 − 1/S) μ(1 − μ) for S samples. SPR
-    and ECE are those of μ̂ itself, whose scatter can lower SPR and, by breaking ties, raise it:
-    neither is a bound. theory/prompt_level.py has both yardsticks exactly.
+
+class Branches:
+    """The 101 confidence segments as token ids: `start`, which all share, then a branch for each.
+
+    In the toy `start` is `⏎Confidence: `, the branch of 0.53 is (`0.5`, `3`), and its parent is
+    (`0.5`,): the logits after 11 parents give the probabilities of all 101 branches.
+    parents: the distinct branches without their last token, each followed by a dummy, which
+    SharedPrefix drops (it reads logits, not targets). The first token of 0.53 is scored by the
+    logits after `start`, its second by those after the parent. rows, tokens, real [101, L]: where
+    the logits of a branch's tokens stand among those of the parents; `real` is 0 for padding.
     """
-    floor = float((mu * (1 - mu)).mean() * samples / (samples - 1))
-    return calibration(mu, correct) | {"brier": floor}
 
-
-# ------------------------------------------------------------ how figures are written (show.py)
-
-COLUMNS = {"accuracy": "accuracy", "mean_confidence": "mean conf.", "ocg": "OCG", "ece": "ECE",
-           "brier": "Brier", "spr": "SPR", "format": "format"}
-
-
-def title(name: str) -> str:
-    return METHODS[name].title if name in METHODS else name
-
-
-def number(value: float, sign: str = "") -> str:
-    """Three decimals, without the zero before the point; – for a figure that there is not."""
-    if math.isnan(value):
-        return "–"
-    return f"{value:{sign}.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:{sign}.3f}"
+    def __init__(self, tokenizer: Tokenizer, before: str):
+        ids = [tokenizer.encode_rest(before + data.format_confidence(value)) for value in VALUES]
+        self.start = os.path.commonprefix(ids)
+        branches = [tuple(segment[len(self.start):]) for segment in ids]
+        parents = list(dict.fromkeys(branch[:-1] for branch in branches))
+        self.parents = [[*parent, 0] for parent in parents]
+        self.num_tokens = sum(map(len, self.parents))
+        first = dict(zip(parents, np.cumsum([0, *map(len, self.parents)])))
+        shape = len(branches), max(map(len, branches))
+        self.rows, self.tokens = torch.zeros(shape).long(), torch.zeros(shape).long()
+        self.real = torch.zeros(shape)
+        for i, branch in enumerate(branches):
+            n = len(branch)
+            self.rows[i, :n] = int(first[branch[:-1]]) + torch.arange(n)
+            self.tokens[i, :n] = torch.tensor(branch)
+            self.real[i, :n] = 1
 
 
 # ----------------------------------------------------------------------------- the command line

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 
 import data
-from caopd import COLUMNS, METHODS, PAPER, Args, number, title
+from caopd import METHODS, PAPER, Args, title
+from metrics import COLUMNS, number
 
 ABOUT = {
     "base": "the model before distillation",

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 import data
-from caopd import (COLUMNS, METHODS, PAPER, VALUES, Args, Group, Method, Rollout, Target, TokenLoss,
-                   add_references, choose_losses, confidence_distribution, eq7, eval_sampling,
-                   find_model, fitting, group_advantages, held_out_share, hidden_states, load_model,
-                   loss_weights, make_targets, make_task, mu_hat, number, pick_device, pick_dtype,
-                   rollout, rollout_sampling, saved_stages, seeded, title)
+from caopd import (METHODS, PAPER, Args, Group, Method, Rollout, Target, TokenLoss, add_references,
+                   choose_losses, eq7, eval_sampling, find_model, fitting, group_advantages,
+                   held_out_share, hidden_states, load_model, loss_weights, make_targets,
+                   make_task, mu_hat, pick_device, pick_dtype, rollout, rollout_sampling,
+                   saved_stages, score_answers, seeded, title)
 from data import Example, Tokenizer, Wording
 from files import BadInput
+from metrics import COLUMNS, VALUES, number
 from model import Config, SharedPrefix, Transformer
 
 # -------------------------------------------------------------------------- the tables of a run
@@ -39,10 +40,12 @@ from model import Config, SharedPrefix, Transformer
 LEGEND = (
     "How to read it. ±: one standard error, over questions. OCG: mean confidence − accuracy. "
     "stated: the confidence as it was written; greedy and expected: the likeliest one and the "
-    "mean, of the model's own distribution after its answer. floor: Brier of a confidence equal to "
-    "the success rate μ(x); SPR of μ̂: that of an estimate of μ(x), no bound. gap closed: how much "
-    "of Brier's gap from OPD to the floor, by what is stated / expected. The diagram: █ how much "
-    "of a bin is right, │ what it says, and its share of the answers.")
+    "mean, of the model's own distribution after its answer. likelihood: the probability that "
+    "the model gives to the answer itself, whatever it states (next to nothing for a long one). "
+    "floor: Brier of a confidence equal to the success rate μ(x); SPR of μ̂: that of an estimate "
+    "of μ(x), no bound. gap closed: how much of Brier's gap from OPD to the floor, by what is "
+    "stated / expected. The diagram: █ how much of a bin is right, │ what it says, and its share "
+    "of the answers.")
 
 
 def print_tables(results: dict, args: Args, out: Path) -> None:
@@ -77,13 +80,14 @@ def readout_table(results: dict) -> str:
 
     Where OPD is there: how much of Brier's gap from OPD to that floor is closed.
     """
-    words = ["stated", "greedy", "expected"]
+    readouts = ["stated", "greedy", "expected", "likelihood"]
+    words = list(readouts)
     if any("oracle" in row for row in results.values()):
         words += ["floor / SPR of μ̂"] + ["gap closed"] * ("opd" in results)
     lines = [f"{'ECE / Brier / SPR':18}" + "".join(f"{word:>20}" for word in words)]
     for name, row in results.items():
-        cells = [" / ".join(number(figures[key]) for key in ("ece", "brier", "spr"))
-                 for figures in row["readouts"].values()]
+        cells = [" / ".join(number(row["readouts"][word][key]) for key in ("ece", "brier", "spr"))
+                 if word in row["readouts"] else "–" for word in readouts]  # older runs have three
         if best := row.get("oracle"):
             cells.append(f"{number(best['brier'])} / {number(best['spr'])}")
         if best and "opd" in results and results["opd"]["brier"] > best["brier"]:
@@ -255,7 +259,7 @@ def replies(model: Transformer, tokenizer: Tokenizer, examples: list[Example],
     sampling = eval_sampling(args)
     generator = seeded(args.seed, "ask", 0, model.device)
     groups = rollout(model, tokenizer, examples, wording(args), args.rollouts, sampling, generator)
-    p = confidence_distribution(model.for_inference(), tokenizer, groups, sampling.micro_tokens)
+    _, p = score_answers(model.for_inference(), tokenizer, groups, sampling.micro_tokens)
     expected = (p @ VALUES).reshape(len(groups), -1).mean(1)  # [Q]
     return [reply(group, float(mean)) for group, mean in zip(groups, expected)]
 
@@ -406,11 +410,10 @@ def replacement(sampled: Target | None, target: Target | None, tokenizer: Tokeni
     """y → ỹ and (x, z) → (x, z̃), with what was replaced in brackets."""
     if sampled is None or target is None:
         return indented("left out: no other rollout is right, so that there is no context")
-    labels = ("y       ", "(x, z)  ") if sampled == target else ("ỹ       ", "(x, z̃)  ")
-    pairs = zip((sampled.sequences[0], sampled.teacher_prompt),
-                (target.sequences[0], target.teacher_prompt))
+    before, after = ((t.sequences[0], t.teacher_prompt) for t in (sampled, target))
+    labels = ("y       ", "(x, z)  ") if before == after else ("ỹ       ", "(x, z̃)  ")
     return "\n".join(indented(label + changes(spelled(tokenizer, was), spelled(tokenizer, now)))
-                     for label, (was, now) in zip(labels, pairs) if was)
+                     for label, was, now in zip(labels, before, after) if was)
 
 
 def changes(was: str, now: str) -> str:

@@ -31,6 +31,7 @@ sys.path.insert(0, str(HERE.parent))
 import caopd
 import data
 from files import BadInput, write_text
+from metrics import COLUMNS, number
 from model import Transformer
 from share import markdown
 
@@ -88,13 +89,13 @@ def spread(values: list) -> str:
     """Mean ± sample standard deviation; – where a figure does not exist for some seed."""
     if any(value is None or value != value for value in values):
         return "–"
-    mean = caopd.number(fmean(values))
-    return mean if len(values) == 1 else f"{mean} ± {caopd.number(stdev(values))}"
+    mean = number(fmean(values))
+    return mean if len(values) == 1 else f"{mean} ± {number(stdev(values))}"
 
 
 def metrics(runs: list[dict]) -> list[str]:
-    """A column for each of caopd.COLUMNS, over the runs of all seeds."""
-    return [spread([run[key] for run in runs]) for key in caopd.COLUMNS]
+    """A column for each of COLUMNS, over the runs of all seeds."""
+    return [spread([run[key] for run in runs]) for key in COLUMNS]
 
 
 def expected(runs: list[dict]) -> list[str]:
@@ -132,7 +133,7 @@ def table_of_methods(runs: dict[int, dict]) -> tuple[str, dict]:
             floor = spread([run["oracle"]["brier"] for run in its])
             seconds = f"{fmean(run['seconds'] for run in its):.0f}"
             rows.append([caopd.title(name), *metrics(its), *expected(its), floor, seconds])
-    header = ["", *caopd.COLUMNS.values(), *EXPECTED, "Brier floor", "seconds"]
+    header = ["", *COLUMNS.values(), *EXPECTED, "Brier floor", "seconds"]
     return markdown(header, rows), runs
 
 
@@ -147,7 +148,7 @@ def grid(out: Path, seeds: list[int], cells: dict[str, list[str]]) -> tuple[str,
         its = [run[method] for run in runs[name].values()]
         floor = spread([run["oracle"]["brier"] for run in its])
         rows.append([name, *metrics(its), *expected(its), floor])
-    header = ["", *caopd.COLUMNS.values(), *EXPECTED, "Brier floor"]
+    header = ["", *COLUMNS.values(), *EXPECTED, "Brier floor"]
     return markdown(header, rows), runs
 
 
@@ -254,7 +255,7 @@ def table_of_stages(out: Path, seeds: list[int],
         for side in SIDES:
             its = [figures[side] for figures in by_seed.values()]
             rows.append([label, side, *metrics(its), *expected(its)])
-    return markdown(["trained on", "tested on", *caopd.COLUMNS.values(), *EXPECTED], rows), runs
+    return markdown(["trained on", "tested on", *COLUMNS.values(), *EXPECTED], rows), runs
 
 
 def transfer(out: Path, seeds: list[int]) -> tuple[str, dict]:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from caopd import number, title
+from caopd import title
+from metrics import number
 
 BARS, CONFIDENCE, ACCURACY, GREY = "#2f6fab", "#c0392b", "#1e8449", "0.45"
 IN_A_ROW, FORMATS = 4, (".png", ".svg", ".pdf")

@@ -1,5 +1,5 @@
-"""caopd.py against independent oracles: metrics against brute force, target replacement and the
-loss against Eq. 7, estimators against enumeration, and runs against crashes and bad requests."""
+"""caopd.py against independent oracles: target replacement and the loss against Eq. 7, estimators
+against enumeration, readouts against brute force, and runs against crashes and bad requests."""
 
 import copy
 import dataclasses
@@ -29,153 +29,21 @@ import data
 import files
 import model
 import optim
-import show
 from caopd import (METHODS, AdamW, Args, Completion, Group, Rollout, Sampling, Target,
                    accumulate_gradient, calibration, ema_update, make_targets, parse_args)
 from files import BadInput, fingerprint
 from memory import memory_needed
+from metrics import VALUES
 from model import Config, Transformer
 from stage import TROUBLE, Stage
 from test_data import sentencepiece
+from test_metrics import FIGURES, brute_force
 
 TINY = ["--width", "16", "--layers", "1", "--sft-steps", "6", "--sft-documents", "8",
         "--steps", "4", "--prompts", "4", "--rollouts", "3", "--eval-questions", "24",
         "--oracle", "0", "--paper-samples", "0"]
-FIGURES = ("accuracy", "mean_confidence", "ocg", "ece", "brier", "spr", "format")
-CALIBRATION = ("mean_confidence", "ocg", "ece", "brier", "spr")
 CPU = torch.device("cpu")
 END = 1  # the end token of the embedded world
-
-
-# ----------------------------------------------------------------------------- metrics
-
-
-def brute_force(c: list[float], r: list[int], bins: int = 10) -> dict:
-    """Each metric as its definition reads, pair by pair and bin by bin."""
-    n = len(c)
-    pairs = [(a, b) for a, x in zip(c, r) if x for b, y in zip(c, r) if not y]
-    ece = 0.0
-    for i in range(bins):
-        members = [j for j in range(n) if i <= round(c[j] * bins, 6) < i + 1
-                   or (i == bins - 1 and c[j] == 1)]
-        if members:
-            said = sum(c[j] for j in members) / len(members)
-            right = sum(r[j] for j in members) / len(members)
-            ece += len(members) / n * abs(said - right)
-    return dict(accuracy=sum(r) / n, mean_confidence=sum(c) / n, ocg=(sum(c) - sum(r)) / n, ece=ece,
-                brier=sum((a - b) ** 2 for a, b in zip(c, r)) / n,
-                spr=sum(a > b for a, b in pairs) / len(pairs) if pairs else math.nan, format=1.0)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_calibration_against_brute_force(seed):
-    rng = np.random.default_rng(seed)
-    n = int(rng.integers(1, 80))
-    c = rng.integers(0, 101, n) / 100 if seed % 2 else rng.random(n)  # with ties and bin edges
-    r = (rng.random(n) < c).astype(int)
-    assert calibration(c, r) == pytest.approx(brute_force(c.tolist(), r.tolist()), nan_ok=True)
-
-
-def test_calibration_by_hand():
-    always = calibration([1.0] * 4, [1, 0, 0, 0])
-    assert [always[key] for key in ("spr", "ece", "brier", "ocg")] == [0, 0.75, 0.75, 0.75]
-    perfect = calibration([0.0, 1.0, 1.0, 0.0], [False, True, True, False])
-    assert [perfect[key] for key in ("spr", "ece", "brier", "ocg")] == [1, 0, 0, 0]
-    hand = calibration([0.9, 0.8, 0.8, 0.3], [1, 1, 0, 0])  # |1 - .9|, 2 times |.5 - .8|, |0 - .3|
-    assert hand["ece"] == pytest.approx((0.1 + 0.6 + 0.3) / 4)
-    assert hand["brier"] == pytest.approx((0.01 + 0.04 + 0.64 + 0.09) / 4)
-    assert hand["spr"] == 3 / 4
-
-
-def test_unparsable_confidences_count_in_accuracy_and_format_alone():
-    c, r = [0.9, math.nan, 0.2, math.nan], [1, 1, 0, 0]
-    figures = calibration(c, r)
-    assert (figures["accuracy"], figures["format"]) == (0.5, 0.5)
-    seen = calibration([0.9, 0.2], [1, 0])
-    assert all(figures[key] == seen[key] for key in CALIBRATION)
-    nothing = calibration([math.nan], [1])
-    assert nothing["accuracy"] == 1 and all(math.isnan(nothing[key]) for key in CALIBRATION)
-    assert math.isnan(calibration([0.5, 0.6], [1, 1])["spr"])
-
-
-@pytest.mark.parametrize("c, r", [
-    ([], []), ([0.5], [1, 0]), ([1.5], [1]), ([-0.1], [1]), ([0.5], [2]), ([[0.5]], [[1]])])
-def test_calibration_refuses_nonsense(c, r):
-    with pytest.raises(ValueError, match="calibration"):
-        calibration(c, r)
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
-def test_the_standard_error_of_accuracy_is_the_binomials(p):
-    n = 500
-    correct = np.arange(n) < p * n
-    stderr = caopd.bootstrap(np.random.default_rng(1).random(n), correct, range(n), ["g"] * n)
-    assert stderr["accuracy"] == pytest.approx((p * (1 - p) / n) ** 0.5, rel=0.15)
-
-
-def test_the_standard_error_is_over_questions_and_not_over_answers():
-    """Eight equal answers to a question say no more than one of them does."""
-    rng = np.random.default_rng(2)
-    confidence, correct, asked = rng.random(200), rng.random(200) < 0.4, range(200)
-    grades = rng.choice(["hard", "easy"], 200)
-    once = caopd.bootstrap(confidence, correct, asked, grades)
-    often = [np.repeat(x, 8) for x in (confidence, correct, asked, grades)]
-    assert caopd.bootstrap(*often) == pytest.approx(once)
-    again = [np.tile(x, 8) for x in (confidence, correct, asked, grades)]  # they come again later
-    assert caopd.bootstrap(*again) == pytest.approx(once)
-    independent = caopd.bootstrap(rng.random(1600), rng.random(1600) < 0.4, np.repeat(asked, 8),
-                                  np.repeat(grades, 8))
-    assert independent["accuracy"] < 0.6 * once["accuracy"]
-
-
-def test_the_standard_error_is_that_of_asking_other_questions_of_the_same_grades():
-    """Against the spread of what is measured when each grade's questions are drawn anew."""
-    rng, success = np.random.default_rng(3), {"easy": 0.98, "middling": 0.5, "hard": 0.02}
-    grades = np.repeat(list(success), 100)
-    chance = np.array([success[grade] for grade in grades])
-
-    def ask() -> tuple[np.ndarray, np.ndarray]:
-        return (chance + rng.uniform(-0.02, 0.02, 300)).round(2), rng.random(300) < chance
-    measured = [calibration(*ask()) for _ in range(300)]
-    alone = caopd.bootstrap(*ask(), range(300), range(300))  # a grade each is as good as none
-    assert alone["accuracy"] == pytest.approx((0.25 / 300) ** 0.5, rel=0.15)
-    for key in ("accuracy", "ocg", "brier"):
-        truth = np.std([figures[key] for figures in measured])
-        errors = [caopd.bootstrap(*ask(), range(300), grades)[key] for _ in range(8)]
-        assert np.mean(errors) == pytest.approx(truth, rel=0.2)
-    pooled = caopd.bootstrap(*ask(), range(300), ["g"] * 300)["accuracy"]
-    assert pooled > 1.4 * np.std([figures["accuracy"] for figures in measured])
-
-
-@pytest.mark.parametrize("samples", [2, 4, 16])
-def test_the_oracles_floor_is_unbiased(samples):
-    """The mean over many draws of mu_hat is E[mu (1 - mu)], and without the correction it is not.
-    """
-    rng = np.random.default_rng(samples)
-    mu = np.linspace(0, 1, 21)
-    draws = rng.binomial(samples, mu, (4000, len(mu))) / samples
-    floors = np.array([caopd.oracle(drawn, np.arange(len(mu)) % 2, samples)["brier"]
-                       for drawn in draws])
-    error = floors.std() / len(floors) ** 0.5
-    truth = (mu * (1 - mu)).mean()
-    assert abs(floors.mean() - truth) < 4 * error
-    assert abs((draws * (1 - draws)).mean() - truth) > 4 * error
-
-
-def test_the_oracle_scores_mu_hat_itself_in_all_else():
-    mu, correct = np.array([0.0, 0.25, 0.5, 1.0]), np.array([0, 1, 0, 1])
-    best, plain = caopd.oracle(mu, correct, 4), brute_force(mu.tolist(), correct.tolist())
-    assert best["brier"] == pytest.approx((0.25 * 0.75 + 0.5 * 0.5) / 4 * 4 / 3)
-    assert {key: best[key] for key in FIGURES if key != "brier"} == pytest.approx(
-        {key: plain[key] for key in FIGURES if key != "brier"})
-
-
-def test_a_gap_of_nothing_can_be_printed():
-    """OPD may reach the floor exactly: nothing is ever right, and all of it is stated as 0.00."""
-    figures = dict.fromkeys(("ece", "brier", "spr"), 0.0)
-    row = {"brier": 0.0, "oracle": figures,
-           "readouts": dict.fromkeys(("stated", "greedy", "expected"), figures)}
-    assert "OPD" in show.readout_table({"opd": row})
 
 
 # ----------------------------------------------------------------------------- models and worlds
@@ -395,12 +263,6 @@ def test_estimators_from_samples_need_temperature_one(name):
     with pytest.raises(BadInput, match="--temperature 0.7"):
         parse_args(["--method", name, "--temperature", "0.7"])
     parse_args(["--method", "opd,caopd,caopd-direct", "--temperature", "0.7"])
-
-
-def test_bootstrap_passes_over_resamples_without_a_figure():
-    """SPR does not exist in a resample without the one wrong answer."""
-    confidence, correct = np.full(6, 0.5), np.array([1.0] * 5 + [0.0])
-    assert caopd.bootstrap(confidence, correct, range(6), ["g"] * 6)["spr"] == 0
 
 
 def test_a_reference_without_an_answer_agrees_with_none(world):
@@ -1152,7 +1014,7 @@ def uneven_tokenizer(plain: data.Tokenizer) -> data.Tokenizer:
 
 
 @pytest.mark.parametrize("kind", ["toy", "uneven", "characters"])
-def test_the_distribution_of_confidences_against_brute_force(world, real_model, kind):
+def test_what_is_thought_of_answers_against_brute_force(world, real_model, kind, monkeypatch):
     """One full forward pass for each of the 101 completions, and the product of its tokens."""
     tokenizer, config = world[1], world[3].config
     if kind == "uneven":
@@ -1164,7 +1026,8 @@ def test_the_distribution_of_confidences_against_brute_force(world, real_model, 
         tokenizer, config = data.Tokenizer.from_pretrained(real_model), Config.from_pretrained(
             real_model)
     texts = WORD_TEXTS if kind == "characters" else TOY_TEXTS
-    network, end, groups, expected = noisy(config, 0), tokenizer.eos_ids[0], [], []
+    network, end, groups = noisy(config, 0), tokenizer.eos_ids[0], []
+    expected, of_answers = [], []
     for question, texts in (("1+2=", TOY_TEXTS), ("12*34=", texts)):
         prompt = tokenizer.chat([{"role": "user", "content": question}])
         rollouts = []
@@ -1175,8 +1038,12 @@ def test_the_distribution_of_confidences_against_brute_force(world, real_model, 
             if segment == "Confid":  # It is no segment, and so a part of the answer.
                 answer, before = whole, None
             start = prompt + tokenizer.encode(answer)
+            # A newline that is a token of its own belongs to the answer. One more token ends it.
+            i_a = tokenizer.encode(answer + (before or "") * (kind == "characters"))
+            with_end = ids[:len(i_a) + 1]
             before = "\n" if before is None else before
             with torch.no_grad():
+                of_answers.append(log_probability(network, prompt, with_end).exp().item())
                 scores = [float(log_probability(network, start, tokenizer.encode(
                     before + f"Confidence: {i / 100:.2f}"))) for i in range(101)]
             expected.append(np.exp(scores) / np.exp(scores).sum())
@@ -1184,9 +1051,11 @@ def test_the_distribution_of_confidences_against_brute_force(world, real_model, 
     expected = np.stack(expected)
     assert expected.max() > 0.05 and abs(expected[0] - expected[1]).max() > 0.01
     for tokens_at_once in (1, 700, 10 ** 6):
+        monkeypatch.setattr(caopd, "LOGITS_AT_ONCE", tokens_at_once)
         with torch.no_grad():
-            p = caopd.confidence_distribution(network, tokenizer, groups, tokens_at_once)
+            likelihoods, p = caopd.score_answers(network, tokenizer, groups, tokens_at_once)
         assert p.shape == expected.shape and abs(p - expected).max() < 1e-5
+        assert likelihoods == pytest.approx(of_answers, rel=1e-4)
         assert p.sum(1) == pytest.approx(np.ones(len(p)))
 
 
@@ -1195,15 +1064,15 @@ def test_readouts_are_of_what_the_model_would_state(small_run, monkeypatch):
     tokenizer = data.Tokenizer.from_pretrained(small_run / "base")
     base = Transformer.from_pretrained(small_run / "base")
     task = data.arithmetic_task(0, 40, words=False, eval_grades=("1+1",))
-    seen, real = [], caopd.confidence_distribution
+    seen, real = [], caopd.score_answers
 
     def record(network, tokenizer, groups, tokens_at_once):
         seen.append((groups, real(network, tokenizer, groups, tokens_at_once)))
         return seen[-1][1]
-    monkeypatch.setattr(caopd, "confidence_distribution", record)
+    monkeypatch.setattr(caopd, "score_answers", record)
     figures = caopd.evaluate(base, tokenizer, task.held_out, task.wording, Sampling(16), 0,
                              samples=3)
-    (groups, p), = seen
+    (groups, (likelihoods, p)), = seen
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     correct = [int(rollout.correct) for rollout in rollouts]
     assert len(rollouts) == len(p) == 120 and 0 < sum(correct) < 120
@@ -1216,6 +1085,7 @@ def test_readouts_are_of_what_the_model_would_state(small_run, monkeypatch):
     assert readouts["stated"] == stated == {key: figures[key] for key in FIGURES}
     assert readouts["greedy"] == pytest.approx(brute_force(greedy, correct))
     assert readouts["expected"] == pytest.approx(brute_force(mean, correct))
+    assert readouts["likelihood"] == pytest.approx(brute_force(likelihoods.tolist(), correct))
     assert sum(row["count"] for row in figures["reliability"]) == round(120 * stated["format"])
 
 
@@ -1315,7 +1185,7 @@ def test_what_results_json_holds(small_run):
         assert row.keys() >= {*FIGURES, "by_grade", "reliability", "stderr", "readouts", "oracle",
                               "paper", "questions", "truncated"}
         assert row["questions"] == 100 and len(row["reliability"]) == 10
-        assert list(row["readouts"]) == ["stated", "greedy", "expected"]
+        assert list(row["readouts"]) == ["stated", "greedy", "expected", "likelihood"]
         grade, = row["by_grade"].values()
         for figures in (row["stderr"], row["oracle"], row["paper"], row["paper"]["stderr"], grade,
                         *row["readouts"].values()):
@@ -2239,7 +2109,7 @@ def test_the_segments_whose_probability_is_read_are_those_that_are_put_in(prepen
     tokenizer = sentencepiece(prepend)
     branches = caopd.Branches(tokenizer, "\n")
     ids = tokenizer.encode("46")
-    for i, value in enumerate(caopd.VALUES):
+    for i, value in enumerate(VALUES):
         put_in, n = data.replace_confidence(tokenizer, ids, value)
         read = branches.start + branches.tokens[i][branches.real[i] > 0].tolist()
         assert put_in[n:-1] == read

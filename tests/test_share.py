@@ -12,6 +12,7 @@ import caopd
 import data
 import share
 from caopd import METHODS, parse_args
+from metrics import number
 from model import Transformer, generate
 
 TINY = ["--width", "16", "--layers", "1", "--sft-steps", "3", "--sft-documents", "4",
@@ -42,7 +43,7 @@ def test_every_model_that_was_made_has_a_card(out):
         rows = [line for line in card.splitlines() if line.startswith("| " + caopd.title(name))]
         assert len(rows) == 2 and "temperature 1, top-p 1" in rows[0] and "0.6" in rows[1]
         for row, its in zip(rows, (results[name], results[name]["paper"])):
-            assert caopd.number(its["accuracy"]) in row.split("|")[2]
+            assert number(its["accuracy"]) in row.split("|")[2]
         settings = json.loads(card.split("```json\n")[1].split("```")[0])
         assert settings["stage"] == name and settings["seed"] == 0
         assert ("steps" in settings) == (name != "base")  # what decides a method decides no base

@@ -85,6 +85,14 @@ def test_the_terms_shown_are_those_that_the_trainer_sums(name, flags):
     assert [(terms.detach() * mask).sum().item() for mask in masks] == pytest.approx(sums, abs=1e-4)
 
 
+def test_a_gap_of_nothing_can_be_printed():
+    """OPD may reach the floor exactly: nothing is ever right, and all of it is stated as 0.00."""
+    figures = dict.fromkeys(("ece", "brier", "spr"), 0.0)
+    row = {"brier": 0.0, "oracle": figures,
+           "readouts": dict.fromkeys(("stated", "greedy", "expected", "likelihood"), figures)}
+    assert "OPD" in show.readout_table({"opd": row})
+
+
 def test_a_question_is_followed_through_the_algorithm(out, capsys):
     text = printed(capsys, *TINY, "--out", out, "--method", "both", "--explain", "3+4")
     assert "<|user|>3+4=<|assistant|>" in text

@@ -25,6 +25,7 @@ import prompt_level
 import replacement
 import rollouts
 import scaling
+from metrics import bin_of, oracle
 from worlds import (World, bernoulli, binomial, entropy, kl, kl_gradient, random_world, softmax,
                     success_world)
 
@@ -502,7 +503,7 @@ def test_noise_in_mu_hat_can_raise_spr_as_well_as_lower_it():
              for n in (1, 16)]
     assert noisy[0] < prompt_level.spr(p, mu, mu) < noisy[1] < prompt_level.auroc(p, mu)
     rng, x = np.random.default_rng(0), np.random.default_rng(1).integers(0, 8, 20_000)
-    measured = caopd.oracle(rng.binomial(16, mu[x]) / 16, rng.random(len(x)) < mu[x], 16)
+    measured = oracle(rng.binomial(16, mu[x]) / 16, rng.random(len(x)) < mu[x], 16)
     assert measured["spr"] == pytest.approx(noisy[1], abs=0.01)
 
 
@@ -520,7 +521,7 @@ def test_the_oracles_brier_floor_is_unbiased():
     mu = rng.random(20_000)
     for n in (2, 4, 16):
         right = (rng.random(len(mu)) < mu).astype(float)
-        estimate = caopd.oracle(rng.binomial(n, mu) / n, right, n)["brier"]
+        estimate = oracle(rng.binomial(n, mu) / n, right, n)["brier"]
         assert estimate == pytest.approx((mu * (1 - mu)).mean(), abs=0.004)
 
 
@@ -529,10 +530,10 @@ def test_the_oracles_brier_floor_is_unbiased():
 def test_the_released_ece_bins_three_values_lower_and_counts_the_unparsable_as_zero():
     edges = np.linspace(0, 1, 11)
     lower = [c for c in np.arange(101) / 100
-             if caopd.bin_of(np.array([c]), 10)[0] != np.digitize(c, edges[1:-1])]
+             if bin_of(np.array([c]), 10)[0] != np.digitize(c, edges[1:-1])]
     assert lower == [0.3, 0.6, 0.7]
     for c in np.arange(101) / 100:  # our bins are [i/10, (i+1)/10), by whole numbers
-        assert caopd.bin_of(np.array([c]), 10)[0] == min(round(100 * c) // 10, 9)
+        assert bin_of(np.array([c]), 10)[0] == min(round(100 * c) // 10, 9)
     c, r = np.array([0.3, 0.35, 0.25]), np.array([0, 1, 1])  # .3 offsets .35 here, .25 there
     assert caopd.calibration(c, r)["ece"] == pytest.approx((0.75 + 0.35) / 3)
     assert in_the_trainer.released_ece(c, r) == pytest.approx((0.45 + 0.65) / 3)

@@ -318,6 +318,20 @@ def test_a_confidence_that_sees_the_answer_passes_both_prompt_level_yardsticks()
             assert prompt_level.spr(cells, b.ravel(), c) > prompt_level.spr_ceiling(p_x, mu)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_the_likelihood_beats_every_prompt_level_confidence_where_the_right_answer_leads(seed):
+    """By enumeration of the answers; a wrong answer that leads may cost more than it gains."""
+    rng = np.random.default_rng(seed)
+    answers = rng.dirichlet(np.full(4, rng.choice([0.3, 1.0, 3.0])))
+    over = []
+    for right in range(4):
+        mu = answers[right]
+        brier = sum(p * (p - (a == right)) ** 2 for a, p in enumerate(answers))
+        over.append(after_the_answer.likelihood_over_the_floor(answers, right))
+        assert over[-1] == pytest.approx(brier - mu * (1 - mu), abs=1e-12)
+    assert over[answers.argmax()] < 0 < over[answers.argmin()]
+
+
 def test_the_target_r_is_learned_by_heart_and_new_questions_know_nothing_of_it():
     beliefs, ends = after_the_answer.BELIEFS, {}
     for questions, k in ((384, 1), (48, 8)):

@@ -16,6 +16,13 @@ T in a table of (x,a) has its minimum at the law of T given (x,a), and so
 The sampled readout is best at λ* = G/(F + G), G = B + (F + B)/(K − 1). B can be had on a *new*
 question only as far as what a says of R is shared between questions. Where R is a function of
 (x,a), as under a verifier, a table of (x,a) reaches 0 on its training questions by heart.
+
+One such confidence needs no training: the probability of the answer itself. With a* the one right
+answer, μ(x) = π(a*|x), and
+
+    E[(π(a|x) − R)²|x] = μ(x)(1 − μ(x)) + Σ_{a≠a*} π(a|x) (π(a|x)² − μ(x)²)
+
+so that it beats every c(x) where a* is the likeliest answer. Where a wrong one is, it may pay more.
 """
 
 import numpy as np
@@ -52,6 +59,13 @@ def best_weight(floor: float, between: float, rollouts: int) -> float:
     """λ* of the sampled readout: G/(F + G), G = B + (F + B)/(K − 1)."""
     gain = between + (floor + between) / (rollouts - 1)
     return gain / (floor + gain)
+
+
+def likelihood_over_the_floor(answers: np.ndarray, right: int) -> float:
+    """Brier of c = π(a|x) over μ(1 − μ), for a prompt with answers [A] = π(a|x), one of them right.
+    """
+    wrong = np.delete(answers, right)
+    return float((wrong * (wrong ** 2 - answers[right] ** 2)).sum())
 
 
 # ------------------------------------------------------------------- what lasts on new questions
@@ -136,7 +150,13 @@ if __name__ == "__main__":
     show(["", "Brier floor"], [[k, v] for k, v in calibrated(BELIEFS).items()])
     print("\n  To know the answer on a new question is worth exactly what knowing μ(x) by heart is"
           "\n  on a trained one: R = 1 where the given and the right answer agree, both from b.\n")
-    print("  Brier on trained questions | on new ones, 2,000 updates (a logit for each kind and"
+    print("  What the probability of the answer itself pays over μ(1 − μ), where all wrong answers"
+          "\n  are as likely as each other:\n")
+    mus = (0.1, 0.3, 0.5, 0.7, 0.9)
+    rows = [[f"{n} wrong answers", *(likelihood_over_the_floor(
+        np.array([m, *[(1 - m) / n] * n]), 0) for m in mus)] for n in (1, 3, 10)]
+    show(["", *(f"μ = {m}" for m in mus)], rows)
+    print("\n  Brier on trained questions | on new ones, 2,000 updates (a logit for each kind and"
           "\n  answer, and one for each question and answer), 3 seeds:\n")
     rows, curves = [], {}
     for questions, k in ((768, 1), (96, 8), (12, 64)):

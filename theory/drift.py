@@ -100,6 +100,7 @@ def measure(directory: Path, questions: int = 48) -> list[list]:
 
     import caopd
     import data
+    from metrics import VALUES
     from model import Transformer
     tokenizer, task = data.toy_tokenizer(), data.arithmetic_task(0, questions, words=False)
     rows, before = [], None
@@ -116,8 +117,8 @@ def measure(directory: Path, questions: int = 48) -> list[list]:
                 groups.append(caopd.Group(example, tokenizer.chat(messages),
                                           [caopd.Rollout(ids, text, False, True, level)]))
             with torch.no_grad():
-                p = caopd.confidence_distribution(model, tokenizer, groups, 16384)
-            said.append([p[:, round(100 * level)], p[:, -1], p @ caopd.VALUES - level])
+                _, p = caopd.score_answers(model, tokenizer, groups, 16384)
+            said.append([p[:, round(100 * level)], p[:, -1], p @ VALUES - level])
         told, certain, off = np.array(said).transpose(1, 0, 2)  # [levels, questions] each
         margin = float(np.log((told + 1e-30) / (certain + 1e-30)).mean())
         before = margin if before is None else before
