@@ -177,7 +177,7 @@ class Completion:
     """What is learned of a rollout: y, or ỹ where the confidence was replaced."""
 
     ids: tuple[int, ...]
-    answer_length: int  # ids[:n] is I_a, ids[n:] is I_c
+    answer_length: int  # ids[:n] is learned as I_a, ids[n:] as I_c
     truncated: bool = False  # then it has no I_c
     advantage: float = 0.0  # for the policy gradient
 
@@ -209,7 +209,8 @@ REPLACEMENTS = "completion", "demonstration", "instruction"
 
 def make_targets(group: Group, confidence: float | list[float] | None, advantages: list[float],
                  tokenizer: Tokenizer, wording: Wording, context: str | None,
-                 places: Collection[str] = REPLACEMENTS) -> list[Target]:
+                 places: Collection[str] = REPLACEMENTS,
+                 end_in_answer: bool = False) -> list[Target]:
     """Step 3 of Algorithm 1: ỹ = (a, μ̂) for the student, and z̃, which states μ̂, for the teacher.
 
     confidence: μ̂, or a value for each rollout, or None, which leaves completions as they were
@@ -218,6 +219,8 @@ def make_targets(group: Group, confidence: float | list[float] | None, advantage
     context: "demo", "solution", or None for a method without a teacher.
     places: where μ̂ is stated, of REPLACEMENTS: in the completion, in the demonstration that z
     shows, in z's instruction. The paper does all three.
+    end_in_answer: whether the first token of a replaced c, which ends the answer, is learned as a
+    part of it (see `replaced_token`).
     Returns a Target for each teacher context. Rollouts that have none are left out: with
     `solution`, those without another correct rollout.
     """
@@ -228,6 +231,7 @@ def make_targets(group: Group, confidence: float | list[float] | None, advantage
             ids, n = rollout.ids, data.split_completion(tokenizer, rollout.ids)[0]
         else:
             ids, n = data.replace_confidence(tokenizer, rollout.ids, value)
+            n += end_in_answer
         completions.append(Completion(tuple(ids), n, rollout.truncated, advantage))
 
     if context is None:
@@ -322,8 +326,10 @@ def log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
 def replaced_token(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, *_) -> Tensor:
     """−log π_θ(ỹ_t), cross-entropy on the replaced token: the forward KL from a point mass on it.
 
-    The token to state, that of μ̂, is given, so nothing on I_c needs a teacher (not in the paper).
-    The answer is still learned from the teacher, which reads z̃.
+    The token to state, that of μ̂, is given, and needs no teacher (not in the paper). The answer is
+    still learned from the teacher, which reads z̃. So is the first token of the segment, with which
+    the student ended its answer: cross-entropy on one's own choices makes them likelier, right or
+    wrong, so that answers can come to end early (theory/direct.py).
     """
     return -log_prob(student_logits, tokens)
 
@@ -505,6 +511,11 @@ class Method:
     teacher: bool = True  # score with the network that also sees z
     reference: bool = False  # sample the teacher's own answer, in place of a verifier
 
+    @property
+    def end_in_answer(self) -> bool:
+        """Whether the token that ends the answer is learned with the answer (`replaced_token`)."""
+        return self.confidence_loss is replaced_token
+
 
 DIV, DIV_C = "divergence", "confidence_divergence"  # by default reverse KL, and forward KL
 
@@ -588,7 +599,8 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         for group, confidence in zip(groups, confidences):
             advantages = group_advantages(group, method.reward, method.standardize)
             targets += make_targets(group, confidence, advantages, tokenizer, task.wording,
-                                    args.context if method.teacher else None, places)
+                                    args.context if method.teacher else None, places,
+                                    method.end_in_answer)
 
         # 4. Loss: the two sums of Eq. 7, and their gradient.
         losses, copied = step_gradient(student, teacher, targets, answer_loss, confidence_loss,

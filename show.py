@@ -363,7 +363,8 @@ def first_target(method: Method, group: Group, tokenizer: Tokenizer, args: Args,
     confidence = method.confidence(group) if method.confidence and replacing else None
     advantages = group_advantages(group, method.reward, method.standardize)
     targets = make_targets(group, confidence, advantages, tokenizer, wording(args),
-                           args.context if method.teacher else None, args.replace.split(","))
+                           args.context if method.teacher else None, args.replace.split(","),
+                           method.end_in_answer)
     if not targets:
         return None
     return replace(targets[0], completions={next(iter(targets[0].completions)): 1})

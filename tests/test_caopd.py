@@ -355,6 +355,19 @@ def test_each_of_the_replacements_can_be_left_out(real_model, replace):
     assert (report in context) == ("instruction" in replace)
 
 
+def test_a_method_without_a_teacher_on_the_confidence_leaves_the_answers_end_to_it(world):
+    """What it learns token by token is what was replaced, and not where the student stopped."""
+    _, tokenizer, task, *_ = world
+    for group in some_groups(tokenizer):
+        plain, ended = (make_targets(group, caopd.mu_hat(group), [0.0] * 4, tokenizer, task.wording,
+                                     "demo", end_in_answer=flag)[0] for flag in (False, True))
+        assert plain.sequences == ended.sequences
+        for one, other in zip(plain.completions, ended.completions):
+            assert other.answer_length - one.answer_length == (not one.truncated)
+            learned = tokenizer.decode(other.ids[other.answer_length:])
+            assert one.truncated or learned == f"{caopd.mu_hat(group):.2f}"
+
+
 def test_each_rollout_states_its_own_leave_one_out_estimate(world):
     _, tokenizer, task, *_ = world
     group = hand_made(tokenizer, "7*8=", "65", "65", "6\nConfidence: 0.50", "7", "65", "1~")
@@ -866,7 +879,7 @@ def test_an_update_of_each_method_against_the_plain_way(world, tmp_path, monkeyp
     targets = [target for group in groups for target in make_targets(
         group, confidence and confidence(group),
         caopd.group_advantages(group, reward, standardize), tokenizer, task.wording,
-        None if reward else "demo")]
+        None if reward else "demo", end_in_answer=confidence_loss is caopd.replaced_token)]
     count = sum(int(mask.sum()) for mask in caopd.loss_weights(targets, 0))
     teacher, student = (None if reward else copy.deepcopy(student)), copy.deepcopy(student)
     sums = plain_loss(student, teacher, targets, answer_loss, confidence_loss, 0)
@@ -1148,7 +1161,8 @@ def test_the_methods_share_their_base_and_their_first_rollouts(small_run):
     first = [row for row in metrics(small_run) if row["stage"] != "base" and row["step"] == 0]
     assert len({(row["accuracy"], row["confidence"], row["truncated"]) for row in first}) == 1
     by_name = {row["stage"]: row for row in first}
-    assert by_name["caopd"]["loss_answer"] == by_name["caopd-direct"]["loss_answer"]
+    direct = by_name["caopd-direct"]["loss_answer"]
+    assert by_name["caopd"]["loss_answer"] != direct == by_name["caopd-direct-loo"]["loss_answer"]
     assert by_name["caopd"]["loss_confidence"] == by_name["caopd-vopd"]["loss_confidence"]
     assert by_name["caopd"]["loss_confidence"] != by_name["caopd-direct"]["loss_confidence"]
 

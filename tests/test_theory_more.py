@@ -248,6 +248,28 @@ def test_what_completions_teach_of_prompts_that_look_alike():
             second - first ** 2, abs=1e-12)
 
 
+@pytest.mark.parametrize("weight", [0.5, 1.0, 4.0])
+def test_cross_entropy_on_the_end_of_an_answer_feeds_itself(weight):
+    """By the trainer's own losses, over the two tokens that can be sampled: the end, or more."""
+    for p, q in product((0.02, 0.3, 0.9), (0.001, 0.1, 0.5)):
+        logit = torch.tensor(np.log(p / (1 - p)), requires_grad=True)
+        student, teacher = (torch.stack([x, torch.zeros_like(x)])[None] for x in (
+            logit, torch.tensor(np.log(q / (1 - q)))))
+        ended = weight * caopd.replaced_token(student, None, torch.tensor([0]))
+        went_on = caopd.kl(student, teacher)
+        (p * ended + (1 - p) * went_on).sum().backward()
+        found = direct.ending_gradient(p, q, weight)
+        assert found == pytest.approx(logit.grad.item(), rel=1e-4, abs=1e-7)
+        assert found == pytest.approx(
+            p * (1 - p) * ((1 - p) * np.log(p * (1 - q) / (q * (1 - p))) - weight), abs=1e-12)
+    tips, grid = direct.tipping_point(weight), np.linspace(1e-5, 1 - 1e-5, 20001)
+    for q, runs_away in ((0.97 * tips, False), (1.03 * tips, True)):
+        pulls = [direct.ending_gradient(p, q, weight) for p in grid]
+        assert (max(pulls) < 0) == runs_away
+    assert direct.where_it_ends(2 * tips, weight) > 0.999
+    assert tips > 0.01 or direct.where_it_ends(tips / 2, weight) < 0.2
+
+
 # ------------------------------------------------------------------------- after_the_answer
 
 @pytest.mark.parametrize("seed", range(40))

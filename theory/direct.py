@@ -17,6 +17,18 @@ K is also a way to spend N completions on N/K prompts. Where prompts that look a
 learned, their mean confidence has the variance
 
     E[μ(1 − μ)]/N + Var(μ)·K/N                   the first term does not know K, the second wants 1
+
+The token that ends the answer must not be learned like this. It is the student's own choice, which
+ỹ repeats, and the choice decides which loss it gets. Let the student end its answer here with
+probability p, the teacher with q. Where the student ended, the loss is cross-entropy, with weight w
+(1 in Eq. 7). Where it went on, it is the reverse KL. Their mean has the gradient, on p's logit,
+
+    p (1 − p) [(1 − p)(logit p − logit q) − w]
+
+As long as q < 1/(1 + w e^(1+w)), .119 for w = 1, it is 0 at two values of p, both over q. p rests
+at the lower one, and from beyond the upper one it runs to 1. For a larger q it is never 0, and p
+runs to 1 from anywhere. So answers end more often than the teacher would end them, and may end
+early. The trainer learns this token from the teacher, as it does the answer, and p = q is stable.
 """
 
 import numpy as np
@@ -61,6 +73,29 @@ def variance_of_the_mean(p_x: np.ndarray, mu: np.ndarray, completions: int, roll
     return float(within + rollouts * between) / completions
 
 
+def ending_gradient(p: float, q: float, weight: float = 1.0) -> float:
+    """Gradient on logit p of cross-entropy where the answer ended and reverse KL where it went on.
+    """
+    compared = p * (1 - p) * (np.log(p / (1 - p)) - np.log(q / (1 - q)))  # of KL(p‖q)
+    return float(p * weight * (p - 1) + (1 - p) * compared)
+
+
+def tipping_point(weight: float = 1.0) -> float:
+    """The teacher's q above which p runs to 1 from anywhere."""
+    return float(1 / (1 + weight * np.exp(1 + weight)))
+
+
+def where_it_ends(q: float, weight: float = 1.0, updates: int = 30_000) -> float:
+    """p after gradient descent from p = q."""
+    logit = np.log(q / (1 - q))
+    for _ in range(updates):
+        p = 1 / (1 + np.exp(-logit))
+        if p > 1 - 1e-6:
+            break
+        logit -= ending_gradient(p, q, weight)
+    return float(p)
+
+
 if __name__ == "__main__":
     print(__doc__)
     counts, mus = (1, 2, 4, 8, 16, 32), np.linspace(0.01, 0.99, 99)
@@ -81,6 +116,10 @@ if __name__ == "__main__":
     rows = [[name, *(variance_of_the_mean(even, values, 512, k) ** 0.5 for k in counts)]
             for name, values in (("all of success .5", np.full(3, 0.5)), (".1, .5 and .9", mu))]
     show(["", *(f"K = {k}" for k in counts)], rows)
+    qs = (0.001, 0.01, 0.1, 0.12, 0.3)
+    print("\n  How often the student ends its answer, if cross-entropy is on that token too:\n")
+    show(["the teacher's q", *map(str, qs), "tips at q ="],
+         [[f"weight {w}", *(where_it_ends(q, w) for q in qs), tipping_point(w)] for w in (1, 4)])
     print("\n  A large K sharpens the sampled confidence. Its mean is the same at any K, and"
           "\n  N completions teach the more of it the more prompts they are spent on.")
     save, axes = figure("direct", 10.0, 3.8, panels=2)
