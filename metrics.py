@@ -107,7 +107,7 @@ def every_readout(confidence: np.ndarray, correct: np.ndarray, p: np.ndarray,
     figures = stated | {"readouts": {
         "stated": stated, "greedy": calibration(VALUES[p.argmax(1)], correct),
         "expected": calibration((p @ VALUES).clip(0, 1), correct),
-        "likelihood": calibration(likelihood.clip(0, 1), correct)}}
+        "likelihood": calibration(likelihood, correct)}}
     return figures if mu is None else figures | {"oracle": oracle(mu, correct, samples)}
 
 
