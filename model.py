@@ -415,6 +415,17 @@ class Layer(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(x))
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding, which draws no values on the device `meta`.
+
+    PyTorch would load its compiler to draw them there, which takes seconds.
+    """
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Transformer(nn.Module):
     """Embedding, layers, norm and head.
 
@@ -428,7 +439,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
