@@ -237,7 +237,7 @@ def make_targets(group: Group, confidence: float | list[float] | None, advantage
     if context is None:
         return [Target(group.prompt, [], Counter(completions))]
 
-    # One context serves several rollouts and can state one value alone: the mean of theirs, which
+    # One context serves several rollouts and can state only one value: the mean of theirs, which
     # is μ̂ for the leave-one-out values, too.
     told = None if confidence is None else fmean(values)
     shown = told if "demonstration" in places else None
@@ -341,7 +341,7 @@ def loss_weights(targets: list[Target], skip_tokens: int) -> tuple[Tensor, Tenso
     """I_a and I_c of Eq. 7: (answer weights, confidence weights), int64 [M] over completion tokens.
 
     A weight is how many equal rollouts the token stands for, and 0 where it is not in the sum. A
-    truncated completion has an I_a alone.
+    truncated completion has only an I_a.
     """
     answer, confidence = [], []
     for target in targets:
@@ -398,7 +398,7 @@ def accumulate_gradient(student: Transformer, teacher: Transformer | None, targe
     how many tokens of I_c the teacher's likeliest token is the target's.
     No gradient flows through the sampling of y (a semi-gradient), as in every released trainer.
     Each prompt is computed once for its completions, which have M tokens, M' of them in a sum.
-    Logits exist a chunk at a time, for these M' alone: a chunk is differentiated down to its hidden
+    Logits exist a chunk at a time, for these M' only: a chunk is differentiated down to its hidden
     states before the next one is made.
     """
     completions, device = [target.sequences for target in targets], student.device
@@ -424,6 +424,7 @@ def accumulate_gradient(student: Transformer, teacher: Transformer | None, targe
         if teacher is not None:
             with torch.no_grad():
                 teacher_logits = teacher.logits(teacher_hidden[part])
+        # The chunk's own gradient stops at h, and its logits are gone before the next chunk's.
         h = hidden[part].detach().requires_grad_()
         loss = weights[part] * eq7(student.logits(h), teacher_logits, tokens[part],
                                    advantages[part], is_answer[part], answer_loss, confidence_loss)
@@ -433,7 +434,7 @@ def accumulate_gradient(student: Transformer, teacher: Transformer | None, targe
         if teacher is not None:
             agrees = ~is_answer[part] & (teacher_logits.argmax(-1) == tokens[part])
             copied += weights[part][agrees].sum().item()
-    hidden.backward(torch.cat(gradients))
+    hidden.backward(torch.cat(gradients))  # from there through the layers, once for all chunks
     losses = torch.cat(losses)
     return losses[is_answer].sum().item(), losses[~is_answer].sum().item(), copied
 
@@ -575,7 +576,8 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
     optimizer = AdamW(student, args.weight_decay, args.clip)
     tensors = optimizer.tensors() | teacher_tensors(teacher, student)
     stage = Stage(name, out, settings(args, name, task), tensors, args.save_every, args.track)
-    watched = asked_to_copy(method, confidence_loss, places, task.wording)
+    # A teacher that is shown μ̂ should predict its tokens, and how often it does is then logged.
+    should_copy = asked_to_copy(method, confidence_loss, places, task.wording)
 
     for step in stage.steps(args.steps):
         sampler = seeded(args.seed, "rollout", step, student.device)
@@ -614,7 +616,7 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
             ema_update(teacher, student, args.teacher_rate, rounding)
 
         row = summarize(groups, targets, losses)
-        if watched:
+        if should_copy:
             row["copied"] = copied
         stage.log(step, row | {"lr": lr, "grad_norm": grad_norm}, pick_samples(groups, step))
         stage.save_if_due(step)
@@ -634,7 +636,8 @@ def asked_to_copy(method: Method, confidence_loss: TokenLoss, places: Collection
                   wording: Wording) -> bool:
     """Whether the teacher is shown μ̂ and scores completions that state it.
 
-    Its likeliest token should then be μ̂'s; `copied` in metrics.jsonl says how often it is.
+    Its likeliest token should then be μ̂'s; `copied` in metrics.jsonl is the share of tokens of I_c
+    where it is.
     """
     told = "demonstration" in places or ("instruction" in places and wording.report != "")
     scores = method.confidence is not None and confidence_loss in DIVERGENCES.values()
@@ -1221,6 +1224,9 @@ def check_together(args: Args) -> None:
                        "model with adapters of its own, and takes next to no memory")
     if any(method.reference for method in methods) and args.teacher_device == "cpu":
         raise BadInput("--method caopd-sc samples from the teacher: leave out --teacher-device")
+    if args.train and not args.model:
+        raise BadInput("--train and --eval need --model: the embedded world's tiny tokenizer "
+                       "knows nothing but arithmetic")
     graded = args.task == "arithmetic" or bool(args.train) or args.ask is not None
     if bool(args.train) != bool(args.eval) or not graded:
         raise BadInput(f"--task {args.task} needs both --train FILE.jsonl and --eval FILE.jsonl, "
@@ -1232,9 +1238,6 @@ def check_together(args: Args) -> None:
                        "their devices")
     if (share := held_out_share(args)) is not None and not 0 < share < 0.8:
         raise BadInput(f"--eval {args.eval[0]}: a share should be over 0 and under 0.8")
-    if args.train and not args.model:
-        raise BadInput("--train and --eval need --model: the embedded world's tiny tokenizer "
-                       "knows arithmetic alone")
 
 
 def held_out_share(args: Args) -> float | None:
@@ -1301,6 +1304,9 @@ def find_model(name: str) -> Path | None:
     if not name:
         return None
     if os.path.isdir(name):  # Path.is_dir raises where a name is too long.
+        if not os.path.exists(os.path.join(name, "config.json")):
+            raise BadInput(f"--model {name}: not a Hugging Face model directory, which has a "
+                           "config.json")
         return Path(name)
     if os.path.exists(name) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise BadInput(f"--model {name}: no such directory, or none that may be entered; pass a "
@@ -1590,7 +1596,7 @@ def run(args: Args) -> dict:
     """Everything, from flags to table; returns what results.json holds of the models.
 
     A model or figures that the same settings have made are not made again. What others have made is
-    written over with --overwrite alone.
+    only written over with --overwrite.
     """
     from memory import check_memory  # here, since these three import this file
     from share import model_card

@@ -25,8 +25,10 @@ from files import (BadInput, an_object, from_json, parse_json, read_object, read
 
 # ------------------------------------------------------- y = (a, c): the confidence segment c
 
-# It may be in bold or in quotes, be called a level or a score, and have a space before the %.
-SEGMENT = re.compile(r"(?:\*\*|[\"'`“‘])?confidence(?:[ \t](?:level|score))?\*{0,2}[ \t]?:"
+# It may be in bold or in quotes, be called a level or a score, name its range in brackets, and have
+# an equals sign for its colon and a space before the %.
+SEGMENT = re.compile(r"(?:\*\*|[\"'`“‘])?confidence(?:[ \t](?:level|score))?"
+                     r"(?:[ \t]\([^()\n]{0,40}\))?\*{0,2}[ \t]?[:=]"
                      r"[ \t*\"'`“‘]*(\S*(?:[ \t]+%)?)", re.IGNORECASE)
 NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(%?)")
 
@@ -40,7 +42,8 @@ def thinking_end(text: str) -> int:
     """Finds where a completion's thinking ends, and its answer part begins: 0 without thinking.
 
     The thinking is everything as far as the last `</think>`, since `<think>` may have been a part
-    of the prompt. Where it is left unfinished, it is the whole text.
+    of the prompt. Where it is left unfinished, it is the whole text, unless the prompt began it:
+    then nothing tells it from an answer.
     """
     thinking, end, _ = text.rpartition("</think>")
     return len(text) if still_thinking(text) else len(thinking + end)
@@ -221,9 +224,11 @@ def change_a_digit(answer: str, rng: random.Random) -> str:
 # Multiple choice: the answer is a letter.
 
 # It may stand in brackets, quotes, LaTeX or bold, and is not the article of "a hard one".
-A_LETTER = (r"(?:[\s:(\[*$\"'`]|\\boxed\{|\\text\{)*(?:option\b[\s(*]*)?"
+A_LETTER = (r"(?:[\s:(\[*$\"'`]|\\\(|\\(?:boxed|text|textbf|mathbf|mathrm)\{)*(?:option\b[\s(*]*)?"
             r"(?!(?-i:a|I)[ \t]+\w)([A-Z])\b(?![-'’]\w)")
-ITS_WORDS = r"[.):]+[ \t]+(?:(?!(?-i:\b[A-Z]\b))[^<\n])*"  # "B. NaCl", and no list of letters
+# "B. NaCl" and "C: vitamin C", and no list of letters, such as "B. and C" or "(B) or (C)".
+ANOTHER = r"(?-i:(?<![^\s(\[])[A-Z][.):]+(?:[\s<]|$)|\b(?:and|or)[ \t]+\(?[A-Z]\b)"
+ITS_WORDS = rf"[.):]+[ \t]+(?:(?!{ANOTHER})[^<\n])*"
 CHOICES = (
     re.compile(rf"<answer>[^\w<]*([A-Z])(?:[^\w<]*|{ITS_WORDS}\s*)</answer>", re.IGNORECASE),
     # "Answer: X" and "the answer is (X)", and not the article of "the answer is a hard one".
@@ -464,6 +469,8 @@ class Tokenizer:
             files[name] = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         for name, text in files.items():
             write_text(directory / name, text)
+        # The template is in tokenizer_config.json, and one in a file of its own would come first.
+        (directory / "chat_template.jinja").unlink(missing_ok=True)
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without any that mark its beginning or end.

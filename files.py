@@ -159,6 +159,9 @@ def parse_json(text: str, where: str) -> object:
         return value
     except RecursionError:
         raise BadInput(f"{where}: not JSON that can be read (it is nested too deeply)") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        raise BadInput(f"{where}: not JSON ({line}column {error.colno}: {error.msg})") from None
     except ValueError as error:
         raise BadInput(f"{where}: not JSON ({error})") from None
 

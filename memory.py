@@ -164,7 +164,7 @@ def bytes_computed(args: Args) -> int:
 
 def sampling_bytes(config: Config, prompts: list[int], questions: int, samples: int,
                    prefill: float, args: Args) -> float:
-    """Bytes of keys and values, and of what reading the prompts or drawing a token holds.
+    """Bytes of keys and values, masks, and what reading the prompts or drawing a token holds.
 
     questions, samples: how many, and completions of each; prefill: bytes of reading the prompts.
     """
@@ -175,4 +175,6 @@ def sampling_bytes(config: Config, prompts: list[int], questions: int, samples: 
     rows = sampled * samples / (min(prompts) + samples * args.max_new_tokens)
     # A row's logits are there as they are computed, in float32, and twice in float64.
     drawing = rows * config.vocab_size * (computed + 4 + 8 + 8)
-    return sampled * cache + max(prefill, drawing)
+    # Each row knows of each token whether it may see it: positions, their distances and the mask.
+    seeing = 24 * samples * sampled
+    return sampled * cache + seeing + max(prefill, drawing)

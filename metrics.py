@@ -133,4 +133,5 @@ def number(value: float, sign: str = "") -> str:
     """Three decimals, without the zero before the point; – for a figure that there is not."""
     if math.isnan(value):
         return "–"
+    value = round(value, 3) + 0.0  # so that no −.000 is written
     return f"{value:{sign}.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:{sign}.3f}"

@@ -619,9 +619,12 @@ class Index:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The directory's safetensors files: the shards that the index names, or the single file."""
+    """The directory's safetensors files: the single file, or the shards that the index names.
+
+    Where there are both, the single file is read, as it is by transformers.
+    """
     index, files = directory / "model.safetensors.index.json", [directory / "model.safetensors"]
-    if os.path.lexists(index):
+    if os.path.lexists(index) and not os.path.lexists(files[0]):
         shards = from_json(Index, read_object(index), str(index)).weight_map
         files = [directory / shard for shard in sorted(set(shards.values()))]
     for path in files:

@@ -2089,14 +2089,16 @@ def test_bfloat16_is_picked_only_where_the_gpu_multiplies_it(monkeypatch, native
 
 
 def test_the_estimate_counts_what_evaluation_samples(monkeypatch):
-    """By hand: logits of all answers to the only question, and its keys and values."""
+    """By hand: logits of all answers to the only question, its keys and values, and their masks."""
     monkeypatch.setattr("memory.LOGITS_AT_ONCE", 2 ** 8)
     args = dataclasses.replace(parse_args(TINY), dtype="float32", eval_questions=1, prompts=1)
     config = Config("qwen3", 1000, 16, 24, 1, 4, 2, 4, tie_word_embeddings=True)
+    new = args.max_new_tokens
     needed = [sum(memory_needed(config, [20], dataclasses.replace(args, oracle=n)).values())
               for n in (10_000, 20_000)]
-    logits, cached = 10_000 * 1000 * (4 + 4 + 8 + 8), 10_000 * args.max_new_tokens * 2 * 4 * 2 * 4
-    assert needed[1] - needed[0] == pytest.approx(logits + cached)
+    logits, cached = 10_000 * 1000 * (4 + 4 + 8 + 8), 10_000 * new * 2 * 4 * 2 * 4
+    masks = 24 * (20_000 * (20 + 20_000 * new) - 10_000 * (20 + 10_000 * new))
+    assert needed[1] - needed[0] == pytest.approx(logits + cached + masks)
 
 
 @pytest.mark.parametrize("flags, processes", [
@@ -2154,8 +2156,9 @@ def test_adapters_are_all_that_is_held_beside_the_model():
     (["--nonsense"], "--nonsense"), (["--temperature", "0"], "--temperature"),
     (["--teacher-rate", "1.5"], "--teacher-rate"), (["--device", "tpu"], "--device tpu"),
     (["--device", "cuda:99"], "--device cuda:99"), (["--device", "what"], "--device what"),
-    (["--task", "mcq"], "needs both --train"), (["--train", "x.jsonl"], "--train"),
-    *((["--train", "x.jsonl", "--eval", share], f"--eval {share}: a share should be")
+    (["--task", "mcq"], "needs both --train"), (["--train", "x.jsonl"], "need --model"),
+    (["--model", "m", "--train", "x.jsonl"], "needs both --train"),
+    *((["--model", "m", "--train", "x.jsonl", "--eval", share], f"--eval {share}: a share")
       for share in ("0", "0.8", "1", "-0.1", "nan", "1e999")),
     (["--train", "x.jsonl", "--eval", "x.jsonl"], "need --model"),
     (["--model", "/nowhere"], "--model /nowhere"), (["--model", "no dir"], "--model no dir"),
@@ -2209,7 +2212,7 @@ def test_bad_files_and_directories_are_one_sentence(tmp_path, real_model, capsys
     refused(real_model, write(tmp_path / "other.jsonl", ROWS["tool"][0]), "cannot verify")
     refused(real_model, write(tmp_path / "empty.jsonl"), "no examples")
     refused(real_model, tmp_path / "absent.jsonl", "absent.jsonl: there is no such file")
-    refused(tmp_path, good, "config.json: there is no such file")
+    refused(tmp_path, good, "not a Hugging Face model directory")
     refused(good, good, "no such directory")
     refused("x" * 300, good, "no such directory")
     refused(real_model, "x" * 300, "File name too long")

@@ -31,7 +31,9 @@ from files import BadInput
     ("Confidence:\n0.5", None), ("**Confidence:** 0.9", 0.9), ("Confidence: **0.9**", 0.9),
     ("**Confidence**: 0.9", 0.9), ("Confidence *: 0.9", None), ("Confidence: 1 %", 0.01),
     ("Confidence: 85 % or so", 0.85), ("Confidence: 85\n%", None), ('"Confidence: 0.85"', 0.85),
-    ("`Confidence: 0.85`.", 0.85), ('Confidence: "0.85"', 0.85), ("Confidence: `0.85`", 0.85)])
+    ("`Confidence: 0.85`.", 0.85), ('Confidence: "0.85"', 0.85), ("Confidence: `0.85`", 0.85),
+    ("Confidence = 0.9", 0.9), ("Confidence=90%", 0.9), ("Confidence (0.00 to 1.00): 0.9", 0.9),
+    ("**Confidence level (0-1)**: 0.9", 0.9), ("confidence (as I said) is high: 3", None)])
 def test_parse_confidence(text, value):
     assert parse_confidence(text) == value
 
@@ -246,7 +248,11 @@ CALL = [{"Action": "search", "Action_Input": '{"q": "x", "n": 2}'}]
     ("mcq", "B", "Answer B. The worst choice is C.", True), ("mcq", "A", "A. B. C. D.", False),
     ("mcq", "B", "The answer is B, though another option is C.", True),
     ("mcq", "A", "<answer>A, B, C, D</answer>", False), ("mcq", "X", r"\boxed{x = 5}", False),
-    ("mcq", "A", "<answer>A. B. C. D.</answer>", False),
+    ("mcq", "A", "<answer>A. B. C. D.</answer>", False), ("mcq", "A", "A. or B.", False),
+    ("mcq", "B", "<answer>B. Vitamin C</answer>", True), ("mcq", "B", "B. and C", False),
+    ("mcq", "B", "B: O=C1CC(C)[N+]1", True), ("mcq", "B", "(B) or (C)", False),
+    ("mcq", "B", "<answer>B. NaCl and C. KCl</answer>", False),
+    ("mcq", "B", r"The answer is \textbf{B}", True), ("mcq", "B", r"Answer: \(B\)", True),
     ("tool", CALL, 'Action: search\nAction Input: {"n": 2, "q": "x"}', True),
     ("tool", CALL, 'Thought: so\nAction: search\nAction_Input: {"q":"x","n":2} end', True),
     ("tool", CALL, 'Action: search\nAction Input: {"q": "x"}', False),
@@ -263,6 +269,7 @@ def test_verify(task, answer, text, right):
 
 
 @pytest.mark.parametrize("task, text, answer", [
+    ("arithmetic", "46\nConfidence (0 to 1) = 0.85", "46"),
     ("arithmetic", "1,046 or 47\nConfidence: 0.85", "47"), ("arithmetic", "Confidence: 0.85", None),
     ("mcq", "the answer: c", "C"), ("mcq", "Answer   is : (D)", "D"), ("mcq", "", None),
     ("tool", 'Action: f g \n\n Action Input: \n{"a": [1]}\nConfidence: 1', ("f g", {"a": [1]})),
@@ -417,6 +424,8 @@ def test_templates_get_the_special_tokens_and_a_file_wins_over_the_config(tmp_pa
         "{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ eos_token }}")
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     assert tokenizer.chat([{"role": "user", "content": " 1 "}]) == [2, 17, 1]
+    toy_tokenizer().save_pretrained(tmp_path)  # over it, and over its template
+    assert Tokenizer.from_pretrained(tmp_path).chat(ASK) == toy_tokenizer().chat(ASK)
 
 
 def test_templates_get_variables_of_their_own_but_always_our_messages(tmp_path):

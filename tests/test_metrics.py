@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from metrics import bootstrap, calibration, oracle
+from metrics import bootstrap, calibration, number, oracle
 
 FIGURES = ("accuracy", "mean_confidence", "ocg", "ece", "brier", "spr", "format")
 CALIBRATION = ("mean_confidence", "ocg", "ece", "brier", "spr")
@@ -135,3 +135,8 @@ def test_bootstrap_passes_over_resamples_without_a_figure():
     """SPR does not exist in a resample without the one wrong answer."""
     confidence, correct = np.full(6, 0.5), np.array([1.0] * 5 + [0.0])
     assert bootstrap(confidence, correct, range(6), ["g"] * 6)["spr"] == 0
+
+
+def test_numbers_are_written_without_the_zero_before_the_point():
+    assert [number(x) for x in (0.5, -0.25, 1.0, math.nan)] == [".500", "-.250", "1.000", "–"]
+    assert [number(x, "+") for x in (0.25, -0.0004, 0.0)] == ["+.250", "+.000", "+.000"]

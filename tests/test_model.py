@@ -594,6 +594,15 @@ def test_refuses_a_bad_index_other_dtypes_and_what_is_not_finite(tmp_path):
         Transformer.from_pretrained(other, dtype=torch.float16)
 
 
+def test_a_model_that_is_saved_over_shards_is_the_one_that_is_loaded(tmp_path):
+    directory = broken(tmp_path, "qwen2")
+    assert (directory / "model.safetensors.index.json").exists()
+    model = Transformer.from_pretrained(directory)
+    model.model.norm.weight.data.fill_(7)
+    model.save_pretrained(directory)
+    assert (Transformer.from_pretrained(directory).model.norm.weight == 7).all()
+
+
 def test_loading_holds_the_weights_once(tmp_path):
     """A load in a fresh process may grow by the file's size and a little, not by twice that."""
     large = tiny(vocabulary=100_000, hidden_size=256, head_dim=64, tie_word_embeddings=True)
