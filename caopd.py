@@ -14,9 +14,10 @@ change, step 3, and the order of this file is its order:
 
 METHODS, after step 4, has a row for each method: OPD leaves out steps 2 and 3, GRPO has a reward in
 place of a teacher. `train` is the loop, and a first reading ends with it. Behind it stand the
-teacher, the supervised stage that makes the base model, evaluation, the command line and main; the
-metrics are in metrics.py, AdamW in optim.py, logs and checkpoints in stage.py. Each batch of
-rollouts is used for one update. Under torchrun several processes divide its prompts (ranks.py).
+teacher, the supervised stage that makes the base model, evaluation and the command line, which
+pipeline.py carries out; the metrics are in metrics.py, AdamW in optim.py, logs and checkpoints in
+stage.py. Each batch of rollouts is used for one update. Under torchrun several processes divide its
+prompts (ranks.py).
 
     python caopd.py                                   the embedded world, from nothing to the table
     python caopd.py --model DIR --task arithmetic     the same on a real model
@@ -28,16 +29,14 @@ rollouts is used for one update. Under torchrun several processes divide its pro
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import signal
 import sys
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,12 +51,11 @@ from tqdm import tqdm
 import data
 import ranks
 from data import Example, Task, Tokenizer, Wording
-from files import (BadInput, Unbroken, claimed, fingerprint, from_json, map_leaves, parse_json,
-                   read_object, read_text, to_json, write_text)
+from files import BadInput, Unbroken, parse_json
 from metrics import VALUES, bootstrap, calibration, every_readout, reliability
-from model import Config, NotFinite, SharedPrefix, Transformer, generate
+from model import NotFinite, SharedPrefix, Transformer, generate
 from optim import AdamW, store, warmup_cosine, warmup_stable_decay
-from stage import REMEDY, Logged, Stage
+from stage import REMEDY, Stage
 
 # ------------------------------------------------------------------- Algorithm 1, step 1: rollout
 
@@ -1257,6 +1255,11 @@ def settings(args: Args, stage: str, task: Task) -> dict:
     return {"stage": stage, "questions": task.fingerprint} | chosen
 
 
+def saved_stages(args: Args) -> list[str]:
+    """The stages that leave a model in --out. A --model that is not trained first is the base."""
+    return [*(["base"] if args.sft_steps or not args.model else []), *args.method.split(",")]
+
+
 def rollout_sampling(args: Args) -> Sampling:
     return Sampling(args.max_new_tokens, args.temperature, micro_tokens=args.micro_tokens)
 
@@ -1267,401 +1270,7 @@ def eval_sampling(args: Args) -> Sampling:
                    top_p=args.eval_top_p)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of --device, which becomes the current one: streams and graphs are made there.
-
-    `cuda` is the first one, or that of this rank.
-    """
-    count = torch.cuda.device_count()
-    places = [f"cuda:{i}" for i in range(count)]
-    own = f"cuda:{ranks.own_gpu()}"
-    place = {"auto": own if count else "cpu", "cuda": own}.get(name, name)
-    if place not in ("cpu", own) and ranks.size() > 1:
-        raise BadInput(f"--device {name}: each of several processes has a GPU of its own; say "
-                       "--device cuda")
-    if place not in ("cpu", *places):
-        raise BadInput(f"--device {name}: no such device here; there is "
-                       f"{' and '.join(['cpu', *places])}")
-    if place != "cpu":
-        torch.cuda.set_device(place)
-    return torch.device(place)
-
-
-def pick_dtype(args: Args, device: torch.device) -> str:
-    """bfloat16 for real models where the hardware multiplies it; emulating it would be slower."""
-    if args.dtype != "auto":
-        return args.dtype
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = torch.cpu.get_capabilities()
-        native = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
-    return "bfloat16" if args.model and native else "float32"
-
-
-def find_model(name: str) -> Path | None:
-    """The model's directory, which is downloaded for a hub name; None for the embedded world."""
-    if not name:
-        return None
-    if os.path.isdir(name):  # Path.is_dir raises where a name is too long.
-        if not os.path.exists(os.path.join(name, "config.json")):
-            raise BadInput(f"--model {name}: not a Hugging Face model directory, which has a "
-                           "config.json")
-        return Path(name)
-    if os.path.exists(name) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise BadInput(f"--model {name}: no such directory, or none that may be entered; pass a "
-                       "Hugging Face model directory or a hub name like owner/model")
-    try:
-        from huggingface_hub import snapshot_download
-        texts_and_weights = ["*.json", "*.safetensors", "*.jinja"]
-        return Path(snapshot_download(name, allow_patterns=texts_and_weights))
-    except Exception as error:  # whatever is missing (network, model, access), the remedy is one
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(f"--model {name}: not a directory, and not to be had from the hub "
-                       f"({reason}); download it elsewhere and pass its directory") from None
-
-
-# ----------------------------------------------------------------------------- the questions
-
-
-def make_task(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
-    """The generated questions, or those of --train and --eval, within the limits of length."""
-    last = max(*tokenizer.backend.get_vocab().values(), *tokenizer.eos_ids)
-    if last >= config.vocab_size:
-        raise BadInput(f"{tokenizer.origin}: its token {last} is outside the model's vocabulary "
-                       f"of {config.vocab_size}: tokenizer and weights do not belong together")
-    if args.train:
-        return task_of_files(tokenizer, config, args)
-    task = data.arithmetic_task(args.seed, args.eval_questions, bool(args.model), args.split)
-    every_grade = task.held_out + task.draw(64, "lengths", 0)
-    fitting(every_grade, tokenizer, task.wording, config, replace(args, skip_long=False))
-    return task
-
-
-def task_of_files(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
-    """The questions of --train, and those of --eval or the share of --train that is held out."""
-    def read(paths: list[str]) -> list[Example]:
-        examples = [example for path in paths for example in data.load_jsonl(path, args.task)]
-        return fitting(examples, tokenizer, data.WORDS, config, args)
-
-    train, share = read(args.train), held_out_share(args)
-    if share or args.split == "validation":
-        sides = [data.side(example.question, share or 0.2) for example in train]
-        unseen = {args.split, "held-out" if share else args.split}
-        held_out = [example for example, side in zip(train, sides) if side == args.split]
-        train = [example for example, side in zip(train, sides) if side not in unseen]
-    else:
-        held_out = read(args.eval)
-    if not train or not held_out:
-        raise BadInput(f"--split {args.split}: {' '.join(args.train)} has too few questions to "
-                       "leave some for both sides")
-    if shared := len({e.question for e in train} & {e.question for e in held_out}):
-        print(f"Note: {shared} held-out questions are also in {' '.join(args.train)}; figures on "
-              "them are not held out.")
-    return data.listed_task(train, held_out[:args.eval_questions], args.seed)
-
-
-def fitting(examples: list[Example], tokenizer: Tokenizer, wording: Wording, config: Config,
-            args: Args) -> list[Example]:
-    """The examples within --max-prompt and the model's positions.
-
-    Longer ones are refused, or left out and counted with --skip-long.
-    """
-    kept, limit = [], config.max_position_embeddings
-    shown = "demonstration" if args.context == "demo" else "solution"
-    for example in tqdm(examples, desc="reading", unit="prompt", leave=False,
-                        disable=len(examples) < 500 or not ranks.first()):
-        prompt = len(tokenizer.chat(data.student_messages(example, wording)))
-        total = teacher_length(example, tokenizer, wording, args) + args.max_new_tokens
-        if prompt <= args.max_prompt and total <= limit:
-            kept.append(example)
-        elif not args.skip_long:
-            which = (f"{example.where}: the prompt" if example.where
-                     else f"the prompt {example.question!r}")
-            problem = (f"has {prompt} tokens, over --max-prompt {args.max_prompt}"
-                       if prompt > args.max_prompt else
-                       f"with {shown} and completion takes {total} tokens, over the model's "
-                       f"{limit}")
-            helps = ", or leave such prompts out with --skip-long" if args.train else ""
-            raise BadInput(f"{which} {problem}; change the limits{helps}")
-    if len(kept) < len(examples):
-        left_out = len(examples) - len(kept)
-        print(f"Left out {left_out} of {len(examples)} questions for their length.")
-    if not kept:
-        raise BadInput(f"--max-prompt {args.max_prompt}: no question is left")
-    return kept
-
-
-def teacher_length(example: Example, tokenizer: Tokenizer, wording: Wording, args: Args) -> int:
-    """Tokens of (x, z̃), the longest prompt that an example makes.
-
-    A solution in place of a demonstration may be as long as a completion can be.
-    """
-    solution = args.context == "solution"
-    demo = data.with_confidence("" if solution else example.demo, 1.0)
-    prompt = tokenizer.chat(data.teacher_messages(example, wording, demo, report=1.0))
-    return len(prompt) + args.max_new_tokens * solution
-
-
 # ----------------------------------------------------------------------------- main
-
-
-def toy_model(args: Args, tokenizer: Tokenizer) -> Config:
-    """The embedded world's transformer: a Qwen3 of about 0.6 M parameters at width 128."""
-    end = tokenizer.eos_ids[0]
-    return Config(model_type="qwen3", vocab_size=tokenizer.backend.get_vocab_size(),
-                  hidden_size=args.width, intermediate_size=11 * args.width // 4,
-                  num_hidden_layers=args.layers, num_attention_heads=4, num_key_value_heads=4,
-                  head_dim=args.width // 4, max_position_embeddings=128, tie_word_embeddings=True,
-                  eos_token_id=end, pad_token_id=end)
-
-
-def load_model(source: Path | None, config: Config, args: Args,
-               device: torch.device) -> Transformer:
-    """A model to train, sharded over the ranks: from its directory, or of random weights.
-
-    Its weights are float32 masters, or bfloat16 with --rounding stochastic; it computes in --dtype.
-    With --lora-rank it is kept in --dtype, and its adapters are the float32 masters.
-    """
-    computed = getattr(torch, args.dtype)
-    adapted = source is not None and args.lora_rank > 0  # random weights are not worth adapting
-    stored = computed if adapted or args.rounding == "stochastic" else torch.float32
-    # A model that needs several devices may be too large for one: sharding moves it, by the layer.
-    place = device if ranks.size() == 1 else torch.device("cpu")
-    if source:
-        model = Transformer.from_pretrained(source, dtype=stored, device=place)
-    else:
-        torch.manual_seed(args.seed)
-        model = Transformer(config).to(place, stored)
-    model.compute_dtype, model.recompute = computed, args.recompute
-    if adapted:
-        torch.manual_seed(args.seed)
-        model.add_adapters(args.lora_rank, args.lora_alpha or 2 * args.lora_rank)
-    return ranks.shard(model, device)
-
-
-def save(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
-    """Saves a Hugging Face directory. Every rank calls it, and rank 0 writes.
-
-    config.json is written last, so that a directory that has one is complete.
-    """
-    model = model.for_inference()
-    if ranks.first():
-        tokenizer.save_pretrained(directory)
-        model.save_pretrained(directory)
-
-
-def saved_stages(args: Args) -> list[str]:
-    """The stages that leave a model in --out. A --model that is not trained first is the base."""
-    return [*(["base"] if args.sft_steps or not args.model else []), *args.method.split(",")]
-
-
-def made(directory: Path, identity: dict) -> bool:
-    """Whether a model that is complete and was made with these settings lies there."""
-    there = all((directory / name).exists() for name in ("config.json", "model.safetensors"))
-    try:
-        there = there and read_object(directory / "settings.json") == identity
-    except BadInput:
-        there = False
-    return ranks.from_first(there)
-
-
-def make_base(origin: Path | None, config: Config, tokenizer: Tokenizer, task: Task, args: Args,
-              device: torch.device, out: Path) -> Path:
-    """The directory of the base model: --model itself, or what the supervised stage makes of it."""
-    if "base" not in saved_stages(args):
-        return origin
-    base = out / "base"
-    if made(base, settings(args, "base", task)):
-        print(f"Reusing the base model in {base}: it was made with the same settings.")
-        return base
-    model = load_model(origin, config, args, device)
-    supervise(model, tokenizer, task, args, out)
-    save(model, tokenizer, base)
-    return ranks.from_first(base)  # Other ranks wait until rank 0 has saved.
-
-
-def make_figures(name: str, start: Path, config: Config, tokenizer: Tokenizer, task: Task,
-                 args: Args, device: torch.device, out: Path) -> dict:
-    """Trains method `name` from the base model in `start`, unless its model is there, and asks it.
-
-    name: a method, or "base" for the base model itself.
-    """
-    ready = name != "base" and made(out / name, settings(args, name, task))
-    model = load_model(out / name if ready else start, config, args, device)
-    if name == "base":
-        print(introduction(model, task, args))
-    elif ready:
-        print(f"Reusing the model in {out / name}: it was made with the same settings.")
-    else:
-        train(model, name, tokenizer, task, args, out)
-        model = model.for_inference()
-        ranks.free_unused()
-        if args.save_adapter and ranks.first():
-            origin = str(start) if "base" in saved_stages(args) else args.model
-            model.save_adapter(out / name / "adapter", origin)
-        save(model, tokenizer, out / name)
-    return {"seconds": training_seconds(out, name)} | evaluate(
-        model, tokenizer, task.held_out, task.wording, eval_sampling(args), args.seed,
-        args.eval_samples, args.oracle, args.paper_samples, name)
-
-
-def training_seconds(out: Path, stage: str) -> float:
-    """How long all updates of a stage took, over all runs that it was made in."""
-    where = str(out / "metrics.jsonl")
-    lines = read_text(out / "metrics.jsonl", absent="").splitlines(True)
-    rows = [from_json(Logged, parse_json(line, where), where) for line in lines
-            if line.endswith("\n")]  # A killed run may have left half a line of another stage.
-    return sum(row.seconds for row in rows if row.stage == stage)
-
-
-def introduction(model: Transformer, task: Task, args: Args) -> str:
-    """What is trained, where, and what it is asked."""
-    weights = sum(p.numel() for p in model.parameters())
-    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    adapters = f", {learned:,} of them in adapters," if learned < weights else ""
-    order = "" if args.model else " Its answers are written last digit first."
-    return (f"{args.model or 'The embedded world'}: {weights:,} parameters{adapters} in "
-            f"{args.dtype} on {model.device}, {len(task.held_out)} {args.split} questions, seed "
-            f"{args.seed}.{order}")
-
-
-def refuse_to_write_over(origin: Path, args: Args, out: Path) -> None:
-    """A model in --out that the run itself would replace cannot be what the run starts from."""
-    for name in saved_stages(args):
-        if origin.resolve() == (out / name).resolve():
-            raise BadInput(f"--model {args.model}: this run saves a model of its own there; choose "
-                           "another --out")
-
-
-def read_inputs(args: Args) -> tuple[Path | None, Config, Tokenizer, Task]:
-    """The directory of --model, if there is one, the network's shape, its tokenizer, the questions.
-
-    Raises BadInput for what cannot be read, and for what cannot be served.
-    """
-    origin = find_model(args.model)
-    if origin is None:
-        tokenizer = data.toy_tokenizer()
-        config = toy_model(args, tokenizer)
-        return None, config, tokenizer, make_task(tokenizer, config, args)
-    refuse_to_write_over(origin, args, Path(args.out))
-    config = Config.from_pretrained(origin)
-    tokenizer = Tokenizer.from_pretrained(origin, json.loads(args.template_args))
-    task = make_task(tokenizer, config, args)
-    # Other weights under the same name make another run.
-    inputs = data.checksum([task.fingerprint, fingerprint(origin)])
-    return origin, config, tokenizer, replace(task, fingerprint=inputs)
-
-
-def already_there(out: Path, identity: dict, task: Task, args: Args) -> tuple[dict, str]:
-    """The figures that --out has by model, and what in it other settings have made, in words.
-
-    Figures that other settings have made are left out.
-    """
-    try:
-        everything = read_object(out / "results.json")
-    except BadInput as error:
-        return {}, str(error)
-    figures = map_leaves(lambda v: math.nan if v is None else v, {
-        name: row for name, row in everything.items() if name in ("base", *METHODS)})
-    decisive = {field.name: getattr(args, field.name) for field in dataclasses.fields(Args)
-                if field.metadata["group"] == EVAL or field.metadata["decides"] != NOTHING}
-    found = everything.get("settings", {}) | {"inputs": everything.get("inputs")}
-    words = difference(found, decisive | {"inputs": identity["inputs"]})
-    if figures and words:
-        return {}, f"results.json was made {words}"
-    for name in saved_stages(args):
-        try:
-            found = read_object(out / name / "settings.json")
-        except BadInput as error:
-            return figures, str(error)
-        words = difference(found, settings(args, name, task))
-        if words and (found or (out / name / "config.json").exists()):
-            return figures, f"{name} was made {words}"
-    return figures, ""
-
-
-def difference(found: dict, wanted: dict) -> str:
-    """The first setting that is another one than wanted, in words; nothing if none is."""
-    for key, value in wanted.items():
-        if key not in found:
-            return "without a record of its settings"
-        if found[key] != value:
-            return (f"with --{key.replace('_', '-')} {found[key]!r}, not {value!r}"
-                    if hasattr(Args, key) else "of other questions, or from another model")
-    return ""
-
-
-def run(args: Args) -> dict:
-    """Everything, from flags to table; returns what results.json holds of the models.
-
-    A model or figures that the same settings have made are not made again. What others have made is
-    only written over with --overwrite.
-    """
-    from memory import check_memory  # here, since these three import this file
-    from share import model_card
-    from show import print_tables
-    began, device, out = time.perf_counter(), pick_device(args.device), Path(args.out)
-    args = replace(args, dtype=pick_dtype(args, device))
-    origin, config, tokenizer, task = read_inputs(args)
-    asked = [dataclasses.astuple(example) for example in task.held_out]
-    identity = {"settings": dataclasses.asdict(replace(args, overwrite=False, track="")),
-                "inputs": data.checksum([task.fingerprint, asked])}
-    figures, otherwise = ranks.from_first(already_there(out, identity, task, args))
-    if otherwise and not args.overwrite:
-        raise BadInput(f"--out {out}: {otherwise}; choose another --out, or --overwrite")
-    names, stages = ("base", *args.method.split(",")), saved_stages(args)
-    given = {"base"} - set(stages)  # --model is the base itself, and is there
-    figures = {name: its for name, its in figures.items()
-               if name in given or made(out / name, settings(args, name, task))}
-    finished = set(names) <= figures.keys()
-    if finished and not args.overwrite:
-        print(f"{out} has the results of this command; --overwrite makes them again.")
-    else:
-        check_memory(config, task, tokenizer, args, device)
-        if origin:
-            load_model(origin, config, args, device)  # A broken one is refused before a write.
-
-    with claimed(out) if ranks.first() else nullcontext():
-        if not finished or args.overwrite:
-            if finished:
-                figures = forget(names, figures, out)
-            write_results(out, figures, identity, began)
-            start = make_base(origin, config, tokenizer, task, args, device, out)
-            for name in [name for name in names if name not in figures]:
-                figures[name] = make_figures(name, start, config, tokenizer, task, args, device,
-                                             out)
-                if name in stages and ranks.first():  # any other base has its own card
-                    card = model_card(name, figures, settings(args, name, task), args)
-                    write_text(out / name / "README.md", card)
-                write_results(out, figures, identity, began)
-        for name in names if ranks.first() else ():
-            (out / name / "checkpoint.safetensors").unlink(missing_ok=True)
-    results = {name: figures[name] for name in names}
-    print_tables(results, args, out)
-    return results
-
-
-def forget(names: Sequence[str], figures: dict, out: Path) -> dict:
-    """For --overwrite: the figures without those of `names`, whose models no longer count as made.
-
-    The base model stays: the same settings would make the same one.
-    """
-    for name in names if ranks.first() else ():
-        if name != "base":
-            (out / name / "config.json").unlink()
-    return {name: its for name, its in figures.items() if name not in names}
-
-
-def write_results(out: Path, figures: dict, identity: dict, began: float) -> None:
-    """Writes results.json: the figures by model, then what made them. Without figures it goes."""
-    if not ranks.first():
-        return
-    if not figures:
-        return (out / "results.json").unlink(missing_ok=True)
-    ordered = {name: figures[name] for name in ("base", *METHODS) if name in figures}
-    everything = ordered | identity | {"seconds": time.perf_counter() - began}
-    write_text(out / "results.json", to_json(everything, indent=2) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1688,8 +1297,9 @@ def serve(argv: list[str] | None) -> int:
     try:
         args = parse_args(argv)
         if args.ask is None and args.explain is None:
+            import pipeline  # here, as show below, since both import this file
             with ranks.connected():
-                run(args)
+                pipeline.run(args)
         else:
             import show
             show.run(args)

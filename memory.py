@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 import ranks
-from caopd import LOGITS_AT_ONCE, METHODS, SAMPLED, Args, teacher_length
+from caopd import LOGITS_AT_ONCE, METHODS, SAMPLED, Args
 from data import Task, Tokenizer
 from files import BadInput
 from model import Config, Transformer
+from questions import teacher_length
 
 
 def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args,

@@ -30,7 +30,8 @@ sys.path.insert(0, str(HERE.parent))
 
 import caopd
 import data
-from files import BadInput, write_text
+import pipeline
+from files import BadInput, to_json, write_text
 from metrics import COLUMNS, number
 from model import Transformer
 from share import markdown
@@ -56,7 +57,7 @@ def cell(out: Path, seed: int, name: str, *flags: str) -> dict:
         if all(its[key] == mine[key] for key in mine if key not in places):
             return results
     print(f"{name}, seed {seed}:", flush=True)
-    caopd.run(args)
+    pipeline.run(args)
     results = json.loads((directory / "results.json").read_text())
     methods = args.method.split(",")
     results = {key: value for key, value in results.items()  # Other cells' methods may be there.
@@ -218,10 +219,10 @@ def trained(out: Path, seed: int, name: str, sides: tuple[str, ...]) -> Path:
         # A side has about half of the grades: with half of the updates each is asked as often.
         args = caopd.parse_args(["--seed", str(seed), "--dtype", "float32", "--steps", "300"])
         start = trained(out, seed, name, sides[:-1])
-        model = caopd.load_model(start, None, args, torch.device("cpu"))
+        model = pipeline.load_model(start, None, args, torch.device("cpu"))
         task = data.arithmetic_task(seed, 0, words=False, grades=SIDES[sides[-1]])
         caopd.train(model, name, data.toy_tokenizer(), task, args, directory)
-        caopd.save(model, data.toy_tokenizer(), directory)
+        pipeline.save(model, data.toy_tokenizer(), directory)
         (directory / name / "checkpoint.safetensors").unlink()
     return directory
 
@@ -240,7 +241,7 @@ def tested(out: Path, seed: int, name: str, sides: tuple[str, ...]) -> dict[str,
             figures[side] = caopd.evaluate(model, data.toy_tokenizer(), task.held_out, task.wording,
                                            caopd.eval_sampling(caopd.parse_args([])), seed,
                                            name=name)
-        write_text(kept, caopd.to_json(figures))
+        write_text(kept, to_json(figures))
     return json.loads(kept.read_text())
 
 
@@ -285,7 +286,7 @@ def main() -> int:
     except BadInput as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2
-    write_text(HERE / f"{flags.what}.json", caopd.to_json(runs) + "\n")
+    write_text(HERE / f"{flags.what}.json", to_json(runs) + "\n")
     print("\n" + text)
     return 0
 

@@ -37,6 +37,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 import caopd
 import data
+import pipeline
 from files import BadInput
 from memory import memory_free, memory_needed
 from model import Config, Transformer, generate
@@ -163,7 +164,7 @@ def our_step(flags: argparse.Namespace, recompute: bool) -> list[float]:
                                recompute=recompute)
     task = data.Task(data.WORDS, lambda n, stage, i: examples[n * i:n * (i + 1)], [])
     config = Config.from_pretrained(flags.model)
-    model = caopd.load_model(Path(flags.model), config, args, torch.device(flags.device))
+    model = pipeline.load_model(Path(flags.model), config, args, torch.device(flags.device))
     with tempfile.TemporaryDirectory() as out:
         caopd.train(model, "opd", endless(flags.model), task, args, Path(out))
         rows = (Path(out) / "metrics.jsonl").read_text().splitlines()

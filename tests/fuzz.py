@@ -34,6 +34,8 @@ sys.path.insert(0, str(ROOT))
 import caopd
 import data
 import model
+import pipeline
+import questions
 from caopd import Args
 from data import Tokenizer
 from files import BadInput, claimed, fits
@@ -195,7 +197,7 @@ class TokenizerFiles(Kind):
     def attempt(self, name: str, content: Content) -> None:
         with self.put(name, content) as path:
             tokenizer = Tokenizer.from_pretrained(path.parent)
-            caopd.make_task(tokenizer, tiny().config, ARGS)
+            questions.make_task(tokenizer, tiny().config, ARGS)
         for token in tokenizer.eos_ids:
             assert type(token) is int and 0 <= token < 300, "an end token is none of the model's"
         ids = tokenizer.chat(CHAT)
@@ -293,13 +295,13 @@ class Flags(Kind):
             return self.run([*content, f"--model={self.broken}", f"--out={self.out}"])
         args = caopd.parse_args(content)
         check_fields(args)
-        device = caopd.pick_device(args.device)
+        device = pipeline.pick_device(args.device)
         torch.empty(1, device=device)
-        args = replace(args, dtype=caopd.pick_dtype(args, device))
+        args = replace(args, dtype=pipeline.pick_dtype(args, device))
         caopd.seeded(args.seed, "rollout", 0, device)
         torch.manual_seed(args.seed)
-        caopd.find_model(args.model if "/" not in args.model else "")  # never asks the hub
-        memory_needed(caopd.toy_model(args, self.tokenizer), [100], args)
+        pipeline.find_model(args.model if "/" not in args.model else "")  # never asks the hub
+        memory_needed(pipeline.toy_model(args, self.tokenizer), [100], args)
 
     def run(self, argv: list[str]) -> None:
         printed = io.StringIO()

@@ -47,6 +47,7 @@ import bench
 import caopd
 import model as network
 import optim
+import pipeline
 from model import Config, Transformer, generate
 
 TIME_LIMIT = 150  # seconds of a part
@@ -207,7 +208,7 @@ def gradients(device: torch.device, flags: argparse.Namespace, rank: int = 0) ->
 
 
 def bfloat16(device: torch.device, flags: argparse.Namespace, rank: int = 0) -> dict:
-    stored = torch.bfloat16 if rank else torch.float32  # as `caopd.load_model` has it
+    stored = torch.bfloat16 if rank else torch.float32  # as `pipeline.load_model` has it
     student, learned = random_model(device, stored, rank), targets(3, 40, 4, 12)
     teacher, results = bench.moved(student), []
     for dtype in (torch.float32, torch.bfloat16):
@@ -216,7 +217,7 @@ def bfloat16(device: torch.device, flags: argparse.Namespace, rank: int = 0) -> 
     (loss, grad), (found, its) = results
     args = caopd.parse_args(["--model", "any"])
     figures = {"loss_off": abs(found / loss - 1), "gradient_off": distance(its, grad),
-               "auto": caopd.pick_dtype(args, device)}
+               "auto": pipeline.pick_dtype(args, device)}
     check(figures["loss_off"] < 0.05 and figures["gradient_off"] < 0.2, f"near: {figures}")
     return figures
 
@@ -365,7 +366,8 @@ def outcome(name: str, flags: argparse.Namespace) -> dict:
     """Runs a part here; returns its figures, and what became of it."""
     began, result = time.perf_counter(), {"part": name, "figures": {}, "reason": ""}
     try:
-        result |= {"figures": PARTS[name](caopd.pick_device(flags.device), flags), "status": "ok"}
+        figures = PARTS[name](pipeline.pick_device(flags.device), flags)
+        result |= {"figures": figures, "status": "ok"}
     except Missing as missing:
         result |= {"status": "left out", "reason": str(missing)}
     except Exception as error:  # Whatever it is, it goes into the table, and the next part runs.
@@ -412,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", default="gpu.json", help="[gpu.json]")
     add("--only", choices=list(PARTS), help=argparse.SUPPRESS)  # for a process of its own
     flags = parser.parse_args(argv)
-    flags.device = str(caopd.pick_device(flags.device))
+    flags.device = str(pipeline.pick_device(flags.device))
     if flags.only:
         print("\n" + json.dumps(outcome(flags.only, flags)))
         return 0

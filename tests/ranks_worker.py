@@ -27,6 +27,7 @@ import torch
 import torch.distributed.fsdp
 
 import caopd
+import pipeline
 import ranks
 from model import Transformer
 from stage import Stage
@@ -81,7 +82,7 @@ def alike(stop: list | None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(caopd, "rollout", one_by_one)
         patch.setattr(caopd, "add_references", refer_one_by_one)
-        patch.setattr(caopd, "evaluate", evaluate_alone)
+        patch.setattr(pipeline, "evaluate", evaluate_alone)
         patch.setattr(Stage, "save_if_due", save_and_stop)
         yield
 

@@ -29,9 +29,10 @@ import data
 import files
 import model
 import optim
+import pipeline
 from caopd import (METHODS, AdamW, Args, Completion, Group, Rollout, Sampling, Target,
                    accumulate_gradient, calibration, ema_update, make_targets, parse_args)
-from files import BadInput, fingerprint
+from files import BadInput, fingerprint, to_json
 from memory import memory_needed
 from metrics import VALUES
 from model import Config, Transformer
@@ -64,7 +65,7 @@ def world():
     """(args, tokenizer, task, student, teacher) of the embedded world, with random networks."""
     args = dataclasses.replace(parse_args(TINY), dtype="float32")
     tokenizer = data.toy_tokenizer()
-    config = caopd.toy_model(args, tokenizer)
+    config = pipeline.toy_model(args, tokenizer)
     task = data.arithmetic_task(0, 24, words=False)
     return args, tokenizer, task, noisy(config, 0), noisy(config, 1)
 
@@ -1118,7 +1119,7 @@ def test_the_papers_way_and_the_oracle_sample_as_they_say(world, monkeypatch):
     assert figures.keys() - plain.keys() == {"oracle", "paper"}
     for its in figures["by_grade"].values():
         assert its.pop("oracle").keys() >= set(FIGURES)
-    assert caopd.to_json(plain) == caopd.to_json({key: figures[key] for key in plain})
+    assert to_json(plain) == to_json({key: figures[key] for key in plain})
 
 
 # ----------------------------------------------------------------------------- whole runs
@@ -1638,7 +1639,7 @@ def test_a_finished_command_shows_its_results_and_does_nothing_else(tmp_path, ca
     shown = capsys.readouterr().out
     before = {path: path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()}
     with monkeypatch.context() as patch:
-        patch.setattr(caopd, "make_figures", None)
+        patch.setattr(pipeline, "make_figures", None)
         assert run(tmp_path, *flags) == first
     again = capsys.readouterr().out
     assert "has the results of this command" in again and "--overwrite" in again
@@ -1663,7 +1664,7 @@ def test_what_a_command_has_made_serves_others(tmp_path, capsys, monkeypatch):
     rows, printed = metrics(tmp_path), capsys.readouterr().out
     assert printed.count("held-out questions") == 1  # The base is asked once.
 
-    monkeypatch.setattr(caopd, "train", None)
+    monkeypatch.setattr(pipeline, "train", None)
     assert run(tmp_path, "--method", "opd,grpo") == both
     again = run(tmp_path, "--method", "opd,grpo", "--eval-samples", "3", "--overwrite")
     assert capsys.readouterr().out.count("Reusing the model in") == 2
@@ -1755,7 +1756,7 @@ def test_nothing_that_tells_of_an_old_model_stays_beside_a_new_one(tmp_path, rea
     adapter, card = tmp_path / "opd/adapter/adapter_model.safetensors", tmp_path / "opd/README.md"
     assert adapter.exists() and card.exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("share.model_card", interrupt)
+        patch.setattr(pipeline, "model_card", interrupt)
         assert caopd.main([*flags, "--seed", "1", "--overwrite"]) == 130
     assert (tmp_path / "opd/model.safetensors").exists() and not card.exists()
     assert not adapter.exists() and not (adapter.parent / "adapter_config.json").exists()
@@ -1930,7 +1931,7 @@ def watch(monkeypatch, maker: str) -> tuple[list, list]:
     rolled_out = []
     monkeypatch.setattr(data, maker, make_and_watch)
     monkeypatch.setattr(caopd, "rollout", watch_rollout)
-    monkeypatch.setattr(caopd, "evaluate", watch_evaluation)
+    monkeypatch.setattr(pipeline, "evaluate", watch_evaluation)
     return trained, asked
 
 
@@ -2076,7 +2077,7 @@ def test_the_chosen_gpu_becomes_the_current_one(monkeypatch, name, count, chosen
     current = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert str(caopd.pick_device(name)) == chosen
+    assert str(pipeline.pick_device(name)) == chosen
     assert current == ([chosen] if chosen != "cpu" else [])
 
 
@@ -2084,7 +2085,7 @@ def test_the_chosen_gpu_becomes_the_current_one(monkeypatch, name, count, chosen
 def test_bfloat16_is_picked_only_where_the_gpu_multiplies_it(monkeypatch, native):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation=True: native or including_emulation)
-    chosen = caopd.pick_dtype(parse_args(["--model", "m"]), torch.device("cuda:0"))
+    chosen = pipeline.pick_dtype(parse_args(["--model", "m"]), torch.device("cuda:0"))
     assert chosen == ("bfloat16" if native else "float32")
 
 

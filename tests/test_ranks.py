@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_caopd import real_model  # noqa: F401 (a fixture)
 
 import caopd
+import pipeline
 import ranks
 from files import BadInput
 from memory import memory_needed
@@ -197,7 +198,7 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     for name in ("auto", "cuda", "cuda:1"):
-        assert str(caopd.pick_device(name)) == "cuda:1"
+        assert str(pipeline.pick_device(name)) == "cuda:1"
     assert current == ["cuda:1"] * 3
 
 
@@ -214,7 +215,7 @@ def test_what_several_processes_refuse(monkeypatch, capsys, flags, words):
     pretend(monkeypatch, 0, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(BadInput, match=re.escape(words)):
-        caopd.pick_device(caopd.parse_args(flags).device)
+        pipeline.pick_device(caopd.parse_args(flags).device)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])

@@ -11,7 +11,9 @@ import torch
 
 import caopd
 import data
+import pipeline
 import show
+import tables
 from caopd import METHODS, parse_args
 from model import Config, Transformer
 
@@ -60,8 +62,8 @@ def printed(capsys, *flags: str) -> str:
 def test_the_terms_shown_are_those_that_the_trainer_sums(name, flags):
     args = dataclasses.replace(parse_args([*TINY, "--rollouts", "3", *flags]), dtype="float32")
     tokenizer, texts = data.toy_tokenizer(), ("65\nConfidence: 0.90", "64\nConfidence: 0.30", "61")
-    student, teacher = (caopd.load_model(None, caopd.toy_model(args, tokenizer),
-                                         dataclasses.replace(args, seed=s), torch.device("cpu"))
+    student, teacher = (pipeline.load_model(None, pipeline.toy_model(args, tokenizer),
+                                            dataclasses.replace(args, seed=s), torch.device("cpu"))
                         for s in (0, 1))
     example, rollouts = data.typed_question("7*8", words=False), []
     for text in texts:
@@ -90,7 +92,7 @@ def test_a_gap_of_nothing_can_be_printed():
     figures = dict.fromkeys(("ece", "brier", "spr"), 0.0)
     row = {"brier": 0.0, "oracle": figures,
            "readouts": dict.fromkeys(("stated", "greedy", "expected", "likelihood"), figures)}
-    assert "OPD" in show.readout_table({"opd": row})
+    assert "OPD" in tables.readout_table({"opd": row})
 
 
 def test_a_question_is_followed_through_the_algorithm(out, capsys):
@@ -137,7 +139,7 @@ def test_what_changes_between_two_texts():
 
 def test_the_middle_of_a_long_answer_is_left_out():
     args, tokenizer = parse_args(TINY), data.toy_tokenizer()
-    student = Transformer(caopd.toy_model(args, tokenizer))
+    student = Transformer(pipeline.toy_model(args, tokenizer))
     ids = tokenizer.encode(40 * "1" + "\nConfidence: 0.50")
     target = caopd.Target([2], [2, 3], {caopd.Completion(tuple(ids), 40): 1})
     text = show.loss_table("opd", target, student, None, tokenizer, args)

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-import caopd
+import pipeline
 from data import Tokenizer
 from model import Transformer, generate
 from test_share import assert_the_reference_library_answers_the_same
@@ -64,6 +64,6 @@ def test_what_we_save_answers_in_the_reference_library_with_the_same_tokens(tmp_
     with torch.no_grad():  # as after training: other weights than it came with
         for weight in model.parameters():
             weight.mul_(1 + 1e-3 * torch.randn(weight.shape, generator=torch.manual_seed(0)))
-    caopd.save(model, Tokenizer.from_pretrained(directory), tmp_path / "saved")
+    pipeline.save(model, Tokenizer.from_pretrained(directory), tmp_path / "saved")
     chats = [[{"role": "user", "content": text}] for text in PROMPTS["facts"]]
     assert_the_reference_library_answers_the_same(model, tmp_path / "saved", chats, 24)

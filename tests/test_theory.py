@@ -21,6 +21,7 @@ import generalization
 import identifiability
 import in_the_trainer
 import optimism
+import pipeline
 import prompt_level
 import replacement
 import rollouts
@@ -558,7 +559,7 @@ def toy():
     args = caopd.parse_args(["--width", "16", "--layers", "1"])
     torch.manual_seed(0)
     tokenizer = data.toy_tokenizer()
-    student = caopd.Transformer(caopd.toy_model(args, tokenizer))
+    student = caopd.Transformer(pipeline.toy_model(args, tokenizer))
     task, groups = data.arithmetic_task(0, 10, words=False), []
     for example in task.draw(2, "distill", 0):
         prompt = tokenizer.chat(data.student_messages(example, data.SYMBOLS))

@@ -19,6 +19,7 @@ import caopd
 import direct
 import drift
 import estimators
+import pipeline
 import prompt_level
 import rollouts
 import sampling
@@ -429,8 +430,8 @@ def test_the_decay_is_measured_on_saved_models(tmp_path):
     args = caopd.parse_args(["--width", "16", "--layers", "1"])
     for seed, name in enumerate(("base", "caopd")):
         torch.manual_seed(seed)
-        model = caopd.Transformer(caopd.toy_model(args, tokenizer))
-        caopd.save(model, tokenizer, tmp_path / name)
+        model = caopd.Transformer(pipeline.toy_model(args, tokenizer))
+        pipeline.save(model, tokenizer, tmp_path / name)
     rows = drift.measure(tmp_path, questions=4)
     assert [row[0] for row in rows] == ["base", "CaOPD"] and rows[0][-1] == 0
     assert all(0 < row[1] < 0.05 and -1 < row[2] < 1 for row in rows)  # they know nothing yet

@@ -20,6 +20,7 @@ import numpy as np
 
 import caopd
 import data
+import pipeline
 from files import BadInput
 from model import Transformer
 from worlds import figure, show
@@ -45,13 +46,13 @@ def cell(width: int, seed: int, out: Path, device: str) -> dict:
                                       for name in decisive):
             return results
     print(f"width {width}, seed {seed}:")
-    caopd.run(args)
+    pipeline.run(args)
     return json.loads(kept.read_text())
 
 
 def parameters(width: int) -> int:
     args = caopd.parse_args(["--width", str(width)])
-    network = Transformer(caopd.toy_model(args, data.toy_tokenizer()))
+    network = Transformer(pipeline.toy_model(args, data.toy_tokenizer()))
     return sum(p.numel() for p in network.parameters())
 
 
