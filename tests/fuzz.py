@@ -151,6 +151,7 @@ class Index(Weights):
 
     def __init__(self, scratch: Path):
         super().__init__(scratch)
+        (scratch / "model.safetensors").unlink()  # It would be read in place of the shards.
         weights = list(self.model.state_dict().items())
         shards = {"a.safetensors": dict(weights[:4]), "b.safetensors": dict(weights[4:])}
         for shard, tensors in shards.items():
