@@ -1222,7 +1222,7 @@ def check_together(args: Args) -> None:
                        "model with adapters of its own, and takes next to no memory")
     if any(method.reference for method in methods) and args.teacher_device == "cpu":
         raise BadInput("--method caopd-sc samples from the teacher: leave out --teacher-device")
-    if args.train and not args.model:
+    if (args.train or args.eval) and not args.model:
         raise BadInput("--train and --eval need --model: the embedded world's tiny tokenizer "
                        "knows nothing but arithmetic")
     graded = args.task == "arithmetic" or bool(args.train) or args.ask is not None

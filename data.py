@@ -26,9 +26,9 @@ from files import (BadInput, an_object, from_json, parse_json, read_object, read
 # ------------------------------------------------------- y = (a, c): the confidence segment c
 
 # It may be in bold or in quotes, be called a level or a score, name its range in brackets, and have
-# an equals sign for its colon and a space before the %.
-SEGMENT = re.compile(r"(?:\*\*|[\"'`“‘])?confidence(?:[ \t](?:level|score))?"
-                     r"(?:[ \t]\([^()\n]{0,40}\))?\*{0,2}[ \t]?[:=]"
+# a space before the %.
+SEGMENT = re.compile(r"(?:\*\*|[\"'`“‘])?confidence(?:[ \t](?:level|score))?\*{0,2}"
+                     r"(?:[ \t]?\([^()\n]{0,40}\)\*{0,2})?[ \t]?:"
                      r"[ \t*\"'`“‘]*(\S*(?:[ \t]+%)?)", re.IGNORECASE)
 NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(%?)")
 
@@ -224,10 +224,11 @@ def change_a_digit(answer: str, rng: random.Random) -> str:
 # Multiple choice: the answer is a letter.
 
 # It may stand in brackets, quotes, LaTeX or bold, and is not the article of "a hard one".
-A_LETTER = (r"(?:[\s:(\[*$\"'`]|\\\(|\\(?:boxed|text|textbf|mathbf|mathrm)\{)*(?:option\b[\s(*]*)?"
+STYLE = r"\\(?:text|textbf|mathbf|mathrm)\{"
+A_LETTER = (rf"(?:[\s:(\[*$\"'`]|\\\(|\\boxed\{{|{STYLE})*(?:option\b[\s(*]*)?"
             r"(?!(?-i:a|I)[ \t]+\w)([A-Z])\b(?![-'’]\w)")
-# "B. NaCl" and "C: vitamin C", and no list of letters, such as "B. and C" or "(B) or (C)".
-ANOTHER = r"(?-i:(?<![^\s(\[])[A-Z][.):]+(?:[\s<]|$)|\b(?:and|or)[ \t]+\(?[A-Z]\b)"
+# "B. NaCl", "B. O=C1CC1" and "B. A salt", and nothing that names another letter, "B. or C".
+ANOTHER = r"(?-i:(?:(?<!\S)|(?<=\s[(\[]))(?!A[ \t]+[a-z])[A-Z](?![^\s.,;:)\]!?<]))"
 ITS_WORDS = rf"[.):]+[ \t]+(?:(?!{ANOTHER})[^<\n])*"
 CHOICES = (
     re.compile(rf"<answer>[^\w<]*([A-Z])(?:[^\w<]*|{ITS_WORDS}\s*)</answer>", re.IGNORECASE),
@@ -236,7 +237,7 @@ CHOICES = (
     re.compile(r"\banswer\b" + A_LETTER, re.IGNORECASE),
     re.compile(r"\b(?:correct|right|best) (?:option|choice)\b[ \t*]*(?:is\b|:)" + A_LETTER,
                re.IGNORECASE),
-    re.compile(r"\\boxed\{(?:\\text\{)?\(?([A-Z])\)?\}"),
+    re.compile(rf"\\boxed\{{(?:{STYLE})?\(?([A-Z])\)?\}}"),
     re.compile(rf"^\W*([A-Z])(?:\W*|{ITS_WORDS})$", re.IGNORECASE))  # the letter is all there is
 
 

@@ -624,7 +624,7 @@ def weight_files(directory: Path) -> list[Path]:
     Where there are both, the single file is read, as it is by transformers.
     """
     index, files = directory / "model.safetensors.index.json", [directory / "model.safetensors"]
-    if os.path.lexists(index) and not os.path.lexists(files[0]):
+    if os.path.lexists(index) and not os.path.isfile(files[0]):
         shards = from_json(Index, read_object(index), str(index)).weight_map
         files = [directory / shard for shard in sorted(set(shards.values()))]
     for path in files:

@@ -201,8 +201,8 @@ def find_model(name: str) -> Path | None:
         return None
     if os.path.isdir(name):  # Path.is_dir raises where a name is too long.
         if not os.path.exists(os.path.join(name, "config.json")):
-            raise BadInput(f"--model {name}: not a Hugging Face model directory, which has a "
-                           "config.json")
+            raise BadInput(f"--model {name}: not a Hugging Face model directory; it has no "
+                           "config.json that can be read")
         return Path(name)
     if os.path.exists(name) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise BadInput(f"--model {name}: no such directory, or none that may be entered; pass a "

@@ -32,8 +32,9 @@ from files import BadInput
     ("**Confidence**: 0.9", 0.9), ("Confidence *: 0.9", None), ("Confidence: 1 %", 0.01),
     ("Confidence: 85 % or so", 0.85), ("Confidence: 85\n%", None), ('"Confidence: 0.85"', 0.85),
     ("`Confidence: 0.85`.", 0.85), ('Confidence: "0.85"', 0.85), ("Confidence: `0.85`", 0.85),
-    ("Confidence = 0.9", 0.9), ("Confidence=90%", 0.9), ("Confidence (0.00 to 1.00): 0.9", 0.9),
-    ("**Confidence level (0-1)**: 0.9", 0.9), ("confidence (as I said) is high: 3", None)])
+    ("Confidence (0.00 to 1.00): 0.9", 0.9), ("Confidence: 0.85 (confidence=high)", 0.85),
+    ("**Confidence level (0-1)**: 0.9", 0.9), ("**Confidence** (0-1): 90%", 0.9),
+    ("confidence (as I said) is high: 3", None)])
 def test_parse_confidence(text, value):
     assert parse_confidence(text) == value
 
@@ -249,10 +250,12 @@ CALL = [{"Action": "search", "Action_Input": '{"q": "x", "n": 2}'}]
     ("mcq", "B", "The answer is B, though another option is C.", True),
     ("mcq", "A", "<answer>A, B, C, D</answer>", False), ("mcq", "X", r"\boxed{x = 5}", False),
     ("mcq", "A", "<answer>A. B. C. D.</answer>", False), ("mcq", "A", "A. or B.", False),
-    ("mcq", "B", "<answer>B. Vitamin C</answer>", True), ("mcq", "B", "B. and C", False),
+    ("mcq", "B", "B) is wrong, C is right", False), ("mcq", "B", "B. and C", False),
+    ("mcq", "A", "A. No, it is B", False), ("mcq", "B", "<answer>B. A salt</answer>", True),
     ("mcq", "B", "B: O=C1CC(C)[N+]1", True), ("mcq", "B", "(B) or (C)", False),
     ("mcq", "B", "<answer>B. NaCl and C. KCl</answer>", False),
     ("mcq", "B", r"The answer is \textbf{B}", True), ("mcq", "B", r"Answer: \(B\)", True),
+    ("mcq", "B", r"\boxed{\mathbf{B}}", True), ("mcq", "A", "(A) [B]", False),
     ("tool", CALL, 'Action: search\nAction Input: {"n": 2, "q": "x"}', True),
     ("tool", CALL, 'Thought: so\nAction: search\nAction_Input: {"q":"x","n":2} end', True),
     ("tool", CALL, 'Action: search\nAction Input: {"q": "x"}', False),
@@ -269,7 +272,7 @@ def test_verify(task, answer, text, right):
 
 
 @pytest.mark.parametrize("task, text, answer", [
-    ("arithmetic", "46\nConfidence (0 to 1) = 0.85", "46"),
+    ("arithmetic", "46\nConfidence (0 to 1): 0.85", "46"),
     ("arithmetic", "1,046 or 47\nConfidence: 0.85", "47"), ("arithmetic", "Confidence: 0.85", None),
     ("mcq", "the answer: c", "C"), ("mcq", "Answer   is : (D)", "D"), ("mcq", "", None),
     ("tool", 'Action: f g \n\n Action Input: \n{"a": [1]}\nConfidence: 1', ("f g", {"a": [1]})),
