@@ -2159,7 +2159,8 @@ def test_adapters_are_all_that_is_held_beside_the_model():
     (["--device", "cuda:99"], "--device cuda:99"), (["--device", "what"], "--device what"),
     (["--task", "mcq"], "needs both --train"), (["--train", "x.jsonl"], "need --model"),
     (["--model", "m", "--train", "x.jsonl"], "needs both --train"),
-    *((["--model", "m", "--train", "x.jsonl", "--eval", share], f"--eval {share}: a share")
+    *((["--model", "m", "--train", "x.jsonl", "--eval", share],
+       f"--eval {share}: a share should be")
       for share in ("0", "0.8", "1", "-0.1", "nan", "1e999")),
     (["--train", "x.jsonl", "--eval", "x.jsonl"], "need --model"),
     (["--model", "/nowhere"], "--model /nowhere"), (["--model", "no dir"], "--model no dir"),
