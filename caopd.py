@@ -128,43 +128,12 @@ def sample_completions(model: Transformer, tokenizer: Tokenizer, prompts: list[l
     return completions
 
 
-def add_references(groups: list[Group], teacher: Transformer, tokenizer: Tokenizer,
-                   wording: Wording, sampling: Sampling, generator: torch.Generator) -> None:
-    """a_ref ~ π_T(·|x, z): one completion of the teacher for each prompt (B.6)."""
-    prompts = [tokenizer.chat(data.teacher_messages(
-        group.example, wording, data.with_confidence(group.example.demo, 1.0))) for group in groups]
-    sampled = sample_completions(teacher, tokenizer, prompts, 1, sampling, generator)
-    for group, (ids,) in zip(groups, sampled):
-        group.reference = tokenizer.decode(ids) if ids[-1] in tokenizer.eos_ids else ""
-
-
 # ------------------------------------------------------------------ step 2: empirical confidence
 
 
 def mu_hat(group: Group) -> float:
     """μ̂(x) = (1/K) Σ_k R(x, a_k) (Eq. 6)."""
     return fmean(rollout.correct for rollout in group.rollouts)
-
-
-def leave_one_out(group: Group) -> list[float]:
-    """The success rate of the other K − 1 rollouts, for each rollout.
-
-    μ̂ contains the rollout's own R: E[μ̂ | R_k = 1] − E[μ̂ | R_k = 0] = 1/K. The mean of the others
-    does not depend on R_k. Averaged over the K rollouts it is μ̂ again.
-    """
-    correct = [rollout.correct for rollout in group.rollouts]
-    return [(sum(correct) - own) / (len(correct) - 1) for own in correct]
-
-
-def self_consistency(group: Group) -> float:
-    """μ̂ without a verifier (B.6): the share of rollouts that agree with the teacher's own answer.
-
-    A reference that gives no answer, or was cut off, agrees with none.
-    """
-    reference = data.extract(group.example, group.reference)
-    return fmean(reference is not None and not rollout.truncated
-                 and data.extract(group.example, rollout.text) == reference
-                 for rollout in group.rollouts)
 
 
 # -------------------------------------------------------------------- step 3: target replacement
@@ -175,7 +144,7 @@ class Completion:
     """What is learned of a rollout: y, or ỹ where the confidence was replaced."""
 
     ids: tuple[int, ...]
-    answer_length: int  # ids[:n] is learned as I_a, ids[n:] as I_c
+    answer_length: int  # the tokens before it are learned as I_a, the others as I_c
     truncated: bool = False  # then it has no I_c
     advantage: float = 0.0  # for the policy gradient
 
@@ -212,13 +181,14 @@ def make_targets(group: Group, confidence: float | list[float] | None, advantage
     """Step 3 of Algorithm 1: ỹ = (a, μ̂) for the student, and z̃, which states μ̂, for the teacher.
 
     confidence: μ̂, or a value for each rollout, or None, which leaves completions as they were
-    sampled (OPD). A truncated completion has no c to replace and stays as it is.
+    sampled (OPD). A truncated completion stays as it is. Any other that states no confidence is
+    given one, so that the sum over I_c teaches it to state one, too.
     advantages: one for each rollout, for the policy gradient; zeros for a method without a reward.
     context: "demo", "solution", or None for a method without a teacher.
     places: where μ̂ is stated, of REPLACEMENTS: in the completion, in the demonstration that z
     shows, in z's instruction. The paper does all three.
     end_in_answer: whether the first token of a replaced c, which ends the answer, is learned as a
-    part of it (see `replaced_token`).
+    part of it (see `Method.end_in_answer`).
     Returns a Target for each teacher context. Rollouts that have none are left out: with
     `solution`, those without another correct rollout.
     """
@@ -235,7 +205,7 @@ def make_targets(group: Group, confidence: float | list[float] | None, advantage
     if context is None:
         return [Target(group.prompt, [], Counter(completions))]
 
-    # One context serves several rollouts and can state only one value: the mean of theirs, which
+    # A context states one value, even where each rollout has its own: the mean over all K, which
     # is μ̂ for the leave-one-out values, too.
     told = None if confidence is None else fmean(values)
     shown = told if "demonstration" in places else None
@@ -252,8 +222,8 @@ def demonstrations(group: Group, context: str, shown: float | None,
                    tokenizer: Tokenizer) -> list[tuple[str, Sequence[int]]]:
     """Pairs of a text that z demonstrates, and the rollouts (indices) whose teacher reads it.
 
-    shown: the confidence to state in it. None states 1.00 in a demonstration, since the paper's
-    state full confidence, and leaves a solution's confidence as it was sampled.
+    shown: the confidence to state in it. None states 1.00 in a demonstration, as the released code
+    has it for tool use, and leaves a solution's confidence as it was sampled.
     """
     if context == "demo":
         demo = data.with_confidence(group.example.demo, 1.0 if shown is None else shown)
@@ -321,13 +291,11 @@ def log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
     return -cross_entropy(logits.float(), tokens, reduction="none")
 
 
-def replaced_token(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, *_) -> Tensor:
-    """−log π_θ(ỹ_t), cross-entropy on the replaced token: the forward KL from a point mass on it.
+def target_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor,
+                         *_) -> Tensor:
+    """−log π_θ(ỹ_t): cross-entropy on the target's token, the forward KL from a point mass on it.
 
-    The token to state, that of μ̂, is given, and needs no teacher (not in the paper). The answer is
-    still learned from the teacher, which reads z̃. So is the first token of the segment, with which
-    the student ended its answer: cross-entropy on one's own choices makes them likelier, right or
-    wrong, so that answers can come to end early (theory/direct.py).
+    Not in the paper. The token to state, that of μ̂, is known, so that it needs no teacher.
     """
     return -log_prob(student_logits, tokens)
 
@@ -366,7 +334,7 @@ def eq7(student_logits: Tensor, teacher_logits: Tensor | None, tokens: Tensor, a
 def step_gradient(student: Transformer, teacher: Transformer | None, targets: list[Target],
                   answer_loss: TokenLoss, confidence_loss: TokenLoss, skip_tokens: int,
                   micro_tokens: int) -> tuple[np.ndarray, float]:
-    """Step 4 of Algorithm 1 for all targets, which ranks share, `micro_tokens` at a time.
+    """Step 4 of Algorithm 1 for all targets. Each rank takes its share, `micro_tokens` at a time.
 
     Eq. 2 sums over tokens, and we divide by the number of tokens in the step, so that all tokens of
     a step weigh the same. AdamW is nearly invariant to that scale, gradient clipping is not.
@@ -384,9 +352,6 @@ def step_gradient(student: Transformer, teacher: Transformer | None, targets: li
     return sums[:2] / num_tokens, sums[2] / on_confidence if on_confidence else math.nan
 
 
-LOGITS_AT_ONCE = 2 ** 24  # 64 MiB in float32
-
-
 def accumulate_gradient(student: Transformer, teacher: Transformer | None, targets: list[Target],
                         answer_loss: TokenLoss, confidence_loss: TokenLoss, skip_tokens: int,
                         scale: float) -> tuple[float, float, int]:
@@ -396,18 +361,14 @@ def accumulate_gradient(student: Transformer, teacher: Transformer | None, targe
     how many tokens of I_c the teacher's likeliest token is the target's.
     No gradient flows through the sampling of y (a semi-gradient), as in every released trainer.
     Each prompt is computed once for its completions, which have M tokens, M' of them in a sum.
-    Logits exist a chunk at a time, for these M' only: a chunk is differentiated down to its hidden
-    states before the next one is made.
     """
     completions, device = [target.sequences for target in targets], student.device
     on_answer, on_confidence = (w.to(device) for w in loss_weights(targets, skip_tokens))
-    weights = on_answer + on_confidence  # [M]
-    counted = weights > 0  # [M]
-    weights, is_answer = weights[counted], on_answer[counted] > 0  # [M'] each
+    counted = on_answer + on_confidence > 0  # [M]
+    weights = (on_answer + on_confidence)[counted]  # [M']
+    is_answer = on_answer[counted] > 0  # [M']
     advantages = torch.tensor([y.advantage for target in targets for y in target.completions
                                for _ in y.ids], device=device)[counted]  # [M']
-    size = max(1, LOGITS_AT_ONCE // student.config.vocab_size)
-
     if teacher is not None:
         with torch.no_grad():
             shared = SharedPrefix([t.teacher_prompt for t in targets], completions, device)
@@ -415,26 +376,21 @@ def accumulate_gradient(student: Transformer, teacher: Transformer | None, targe
     shared = SharedPrefix([t.prompt for t in targets], completions, device)
     hidden = hidden_states(student, shared, counted)  # [M', D]
     tokens = shared.targets[counted]  # [M']
+    copied = torch.zeros_like(is_answer)  # [M']
 
-    losses, gradients, copied, teacher_logits = [], [], 0, None
-    for start in range(0, max(1, len(tokens)), size):
-        part = slice(start, start + size)
+    def losses_of(rows: slice, hidden: Tensor) -> Tensor:
+        teacher_logits = None
         if teacher is not None:
             with torch.no_grad():
-                teacher_logits = teacher.logits(teacher_hidden[part])
-        # The chunk's own gradient stops at h, and its logits are gone before the next chunk's.
-        h = hidden[part].detach().requires_grad_()
-        loss = weights[part] * eq7(student.logits(h), teacher_logits, tokens[part],
-                                   advantages[part], is_answer[part], answer_loss, confidence_loss)
-        (scale * loss.sum()).backward()
-        losses.append(loss.detach())
-        gradients.append(h.grad)
-        if teacher is not None:
-            agrees = ~is_answer[part] & (teacher_logits.argmax(-1) == tokens[part])
-            copied += weights[part][agrees].sum().item()
-    hidden.backward(torch.cat(gradients))  # from there through the layers, once for all chunks
-    losses = torch.cat(losses)
-    return losses[is_answer].sum().item(), losses[~is_answer].sum().item(), copied
+                teacher_logits = teacher.logits(teacher_hidden[rows])
+            copied[rows] = teacher_logits.argmax(-1) == tokens[rows]
+        return weights[rows] * eq7(student.logits(hidden), teacher_logits, tokens[rows],
+                                   advantages[rows], is_answer[rows], answer_loss, confidence_loss)
+
+    chunk = max(1, LOGITS_AT_ONCE // student.config.vocab_size)
+    losses = backward_in_chunks(losses_of, hidden, chunk, scale)  # [M']
+    return (losses[is_answer].sum().item(), losses[~is_answer].sum().item(),
+            weights[copied & ~is_answer].sum().item())
 
 
 def hidden_states(model: Transformer, shared: SharedPrefix, counted: Tensor) -> Tensor:
@@ -442,7 +398,32 @@ def hidden_states(model: Transformer, shared: SharedPrefix, counted: Tensor) -> 
     return model.hidden(shared.input_ids, shared.positions, shared)[shared.predicts[counted]]
 
 
-# ------------------------- losses and rewards of other methods (not needed to read Algorithm 1)
+LOGITS_AT_ONCE = 2 ** 24  # 64 MiB in float32
+
+
+def backward_in_chunks(losses_of: Callable[[slice, Tensor], Tensor], hidden: Tensor, chunk: int,
+                       scale: float) -> Tensor:
+    """Adds scale · ∇ Σ losses to the gradients; returns the losses of all rows of hidden [M', D].
+
+    The logits of all tokens, [M', V], would be what runs a GPU out of memory. So they exist for
+    `chunk` rows at a time, which are differentiated down to their hidden states before the next
+    ones are made, and the layers below are differentiated once, for all rows together.
+    losses_of: (rows, their hidden states) -> their losses.
+    """
+    losses, gradients = [], []
+    # One chunk even of no rows: all ranks take part in each pass through a sharded model's head.
+    for start in range(0, max(1, len(hidden)), chunk):
+        rows = slice(start, start + chunk)
+        h = hidden[rows].detach().requires_grad_()  # The chunk's own gradient stops here.
+        loss = losses_of(rows, h)
+        (scale * loss.sum()).backward()
+        losses.append(loss.detach())
+        gradients.append(h.grad)
+    hidden.backward(torch.cat(gradients))
+    return torch.cat(losses)
+
+
+# ------------------------------------- what other methods need (and a reader of Algorithm 1 skips)
 
 
 def sampled_kl(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, *_) -> Tensor:
@@ -466,6 +447,37 @@ def policy_gradient(student_logits: Tensor, teacher_logits: None, tokens: Tensor
                     advantages: Tensor) -> Tensor:
     """−A log π_θ(y_t): GRPO's loss at one update per batch, where the clipped ratio is 1."""
     return -advantages * log_prob(student_logits, tokens)
+
+
+def leave_one_out(group: Group) -> list[float]:
+    """The success rate of the other K − 1 rollouts, for each rollout.
+
+    μ̂ contains the rollout's own R: E[μ̂ | R_k = 1] − E[μ̂ | R_k = 0] = 1/K. The mean of the others
+    does not depend on R_k. Averaged over the K rollouts it is μ̂ again.
+    """
+    correct = [rollout.correct for rollout in group.rollouts]
+    return [(sum(correct) - own) / (len(correct) - 1) for own in correct]
+
+
+def self_consistency(group: Group) -> float:
+    """μ̂ without a verifier (B.6): the share of rollouts that agree with the teacher's own answer.
+
+    A reference that gives no answer, or was cut off, agrees with none.
+    """
+    reference = data.extract(group.example, group.reference)
+    return fmean(reference is not None and not rollout.truncated
+                 and data.extract(group.example, rollout.text) == reference
+                 for rollout in group.rollouts)
+
+
+def add_references(groups: list[Group], teacher: Transformer, tokenizer: Tokenizer,
+                   wording: Wording, sampling: Sampling, generator: torch.Generator) -> None:
+    """a_ref ~ π_T(·|x, z): one completion of the teacher for each prompt (B.6)."""
+    prompts = [tokenizer.chat(data.teacher_messages(
+        group.example, wording, data.with_confidence(group.example.demo, 1.0))) for group in groups]
+    sampled = sample_completions(teacher, tokenizer, prompts, 1, sampling, generator)
+    for group, (ids,) in zip(groups, sampled):
+        group.reference = tokenizer.decode(ids) if ids[-1] in tokenizer.eos_ids else ""
 
 
 def correctness(rollout: Rollout) -> float:
@@ -512,8 +524,13 @@ class Method:
 
     @property
     def end_in_answer(self) -> bool:
-        """Whether the token that ends the answer is learned with the answer (`replaced_token`)."""
-        return self.confidence_loss is replaced_token
+        """Whether the first token of I_c, with which the student ended its answer, is learned from
+        the teacher, as the answer is.
+
+        Cross-entropy on one's own choices makes them likelier, right or wrong, so that answers can
+        come to end early (theory/direct.py).
+        """
+        return self.confidence_loss is target_cross_entropy
 
 
 DIV, DIV_C = "divergence", "confidence_divergence"  # by default reverse KL, and forward KL
@@ -525,8 +542,8 @@ METHODS = {
     "caopd": Method("CaOPD",                  mu_hat,           DIV,        DIV_C),
     "caopd-sc": Method("CaOPD-SC",            self_consistency, DIV,        DIV_C, reference=True),
     # Not in the paper: the token to state is given, and is learned itself.
-    "caopd-direct": Method("CaOPD-direct",    mu_hat,           DIV,        replaced_token),
-    "caopd-direct-loo": Method("CaOPD-LOO",   leave_one_out,    DIV,        replaced_token),
+    "caopd-direct": Method("CaOPD-direct",    mu_hat,           DIV,        target_cross_entropy),
+    "caopd-direct-loo": Method("CaOPD-LOO",   leave_one_out,    DIV,        target_cross_entropy),
     # Eq. 2 from single samples. Replaced tokens are no samples: I_c keeps the full KL.
     "sampled": Method("sampled OPD",          None,             sampled_kl, sampled_kl),
     "vopd": Method("vOPD",                    None,             vopd,       vopd),
@@ -549,7 +566,8 @@ def choose_losses(method: Method, args: "Args") -> tuple[TokenLoss, TokenLoss]:
     Eq. 7 has one divergence, the reverse KL. On a replaced confidence our default is the forward
     KL, as in the released code. The μ̂ of a prompt differs from step to step: it is a mean of K
     draws of probability μ(x). Forward KL learns the mixture of these targets, whose mean is μ(x).
-    Reverse KL, where it is sharp, settles on the likeliest of them, 0 wherever μ(x) < 1/(K + 1).
+    Reverse KL, where the teacher is sharp, settles on the likeliest of them, which is 0 wherever
+    μ(x) < 1/(K + 1).
     """
     return tuple(DIVERGENCES[getattr(args, loss)] if isinstance(loss, str) else loss
                  for loss in (method.answer_loss, method.confidence_loss))
@@ -562,10 +580,11 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
           out: Path) -> None:
     """Algorithm 1, where METHODS[name] says how each step is done. Trains `student` in place.
 
-    The teacher starts as a copy of the student. The paper distills another y than the K rollouts
-    (line 10); like the released code, we distill the rollouts themselves, so that mu_hat contains
-    the R of each (leave_one_out takes it out). Each step leaves a line in out/metrics.jsonl, and an
-    interrupted run goes on from its last checkpoint, to the same result.
+    The teacher starts as a copy of the student. Once it has mu_hat, the paper samples one more
+    completion and distills that (line 10). The released code and ours distill the K rollouts
+    themselves, so that a rollout's own R is a part of its target (leave_one_out takes it out). Each
+    step leaves a line in out/metrics.jsonl, and an interrupted run goes on from its last
+    checkpoint, to the same result.
     """
     method = METHODS[name]
     answer_loss, confidence_loss = choose_losses(method, args)
@@ -580,8 +599,9 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
     for step in stage.steps(args.steps):
         sampler = seeded(args.seed, "rollout", step, student.device)
 
-        # 1. Rollout: K completions y_k = (a_k, c_k) of each prompt x, verified by R(x, a_k). Each
-        #    rank samples for its share of the prompts, and then has the groups of all.
+        # 1. Rollout: K completions y_k = (a_k, c_k) of each prompt x, verified by R(x, a_k). The
+        #    prompts depend on seed and step alone. Each rank samples for its share of them, and
+        #    then has the groups of all.
         examples = ranks.share(task.draw(args.prompts, "distill", step))
         with finite_logits(f"{name}, step {step}", tokenizer):
             groups = rollout(student, tokenizer, examples, task.wording, args.rollouts, sampling,
@@ -594,7 +614,7 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         confidences = [method.confidence(group) if method.confidence else None for group in groups]
 
         # 3. Target replacement: mu_hat is stated in the completion and in the teacher's context.
-        #    A method with a reward has advantages, and zeros stand for none.
+        #    Only a method with a reward has advantages. For the others they are 0 and unused.
         targets = []
         for group, confidence in zip(groups, confidences):
             advantages = group_advantages(group, method.reward, method.standardize)
@@ -848,6 +868,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
                  f"{name}, evaluation")
     confidence, correct = stated_and_correct(groups)
     asked = [(example.system, example.question) for example in examples]
+    # A question may be drawn twice, and the bootstrap draws all of its answers together.
     index = {pair: q for q, pair in enumerate(dict.fromkeys(asked))}
     questions = [index[pair] for pair in asked]
     with finite_logits(f"{name}, evaluation", tokenizer):
@@ -889,9 +910,9 @@ def score_answers(model: Transformer, tokenizer: Tokenizer, groups: list[Group],
     """What the model thinks of each answer that it sampled, at temperature 1.
 
     Returns π_θ(a|x), the product over the answer's tokens and the one that ends it, [N], and the
-    probability of each of the 101 VALUES as its confidence, [N, 101]. All 101 segments share what
-    they begin with, and their common prefixes are computed once. So are answers that came out the
-    same. Raises NotFinite.
+    probability of each of the 101 VALUES as its confidence, given that it is one of them, [N, 101].
+    All 101 segments share what they begin with, and their common prefixes are computed once. So are
+    answers that came out the same. Raises NotFinite.
     """
     keys = []  # of each rollout: prompt, answer, the token that ended it, how the segment begins
     for group in groups:
@@ -900,24 +921,24 @@ def score_answers(model: Transformer, tokenizer: Tokenizer, groups: list[Group],
             answer, end = tuple(rollout.ids[:n]), tuple(rollout.ids[n:n + 1])
             keys.append((tuple(group.prompt), answer, end, before))
     distinct = list(dict.fromkeys(keys))
-    branches = {before: Branches(tokenizer, before) for before in {before for *_, before in keys}}
-    costs = [len(prompt) + len(answer) + branches[before].num_tokens
+    trees = {before: ConfidenceTree(tokenizer, before) for before in {key[-1] for key in keys}}
+    costs = [len(prompt) + len(answer) + trees[before].num_tokens
              for prompt, answer, _, before in distinct]
     likelihoods, rows = {}, {}
     for batch in tqdm(micro_batches(costs, tokens_at_once), desc="scoring answers", unit="batch",
                       dynamic_ncols=True, leave=False, delay=1, disable=not ranks.first()):
         part = [distinct[i] for i in batch]
-        each = [branches[before] for *_, before in part]
-        prefixes = [[*prompt, *answer, *b.start] for (prompt, answer, *_), b in zip(part, each)]
-        shared = SharedPrefix(prefixes, [b.parents for b in each], model.device)
+        each = [trees[before] for *_, before in part]
+        prefixes = [[*prompt, *answer, *its.start] for (prompt, answer, *_), its in zip(part, each)]
+        shared = SharedPrefix(prefixes, [its.parents for its in each], model.device)
         hidden = model.hidden(shared.input_ids, shared.positions, shared)
         lengths = [len(ids) for ids in prefixes]
-        after = hidden[shared.predicts].split([b.num_tokens for b in each])
-        for key, b, first, h in zip(part, each, hidden[:sum(lengths)].split(lengths), after):
+        after = hidden[shared.predicts].split([its.num_tokens for its in each])
+        for key, its, first, h in zip(part, each, hidden[:sum(lengths)].split(lengths), after):
             prompt, answer, end, _ = key
             likelihoods[key] = likelihood(model, first[len(prompt) - 1:], answer + end)
             log_p = model.logits(h).float().log_softmax(-1).cpu()  # [num_tokens, V]
-            scores = (log_p[b.rows, b.tokens] * b.real).sum(1)  # [101]
+            scores = (log_p[its.rows, its.tokens] * its.real).sum(1)  # [101]
             if not (scores.isfinite().all() and math.isfinite(likelihoods[key])):
                 raise NotFinite("logits of the confidence", list(prompt + answer))
             rows[key] = scores.softmax(0)
@@ -933,7 +954,7 @@ def likelihood(model: Transformer, hidden: Tensor, tokens: Sequence[int]) -> flo
     return math.exp(sum(log_prob(model.logits(h), part).sum().item() for h, part in chunks))
 
 
-class Branches:
+class ConfidenceTree:
     """The 101 confidence segments as token ids: `start`, which all share, then a branch for each.
 
     In the toy `start` is `⏎Confidence: `, the branch of 0.53 is (`0.5`, `3`), and its parent is
@@ -1212,7 +1233,7 @@ def check_together(args: Args) -> None:
         raise BadInput("--method caopd-sc needs --context demo: without a verifier no rollout is "
                        "known to be correct")
     if "completion" not in args.replace.split(",") and any(
-            method.confidence_loss is replaced_token for method in methods):
+            method.confidence_loss is target_cross_entropy for method in methods):
         raise BadInput(f"--replace {args.replace}: {args.method} learns the replaced tokens of the "
                        "completion, and has none without `completion`")
     if args.save_adapter and not args.lora_rank:
@@ -1240,9 +1261,10 @@ def check_together(args: Args) -> None:
 
 def held_out_share(args: Args) -> float | None:
     """The share of --train that --eval holds out, or None where --eval names files."""
+    if len(args.eval) != 1:
+        return None
     try:
-        share, = map(float, args.eval)
-        return share
+        return float(args.eval[0])
     except ValueError:
         return None
 

@@ -279,11 +279,12 @@ class Attend(Protocol):
     Packed, SharedPrefix and KVCache implement it, and Transformer.hidden calls it.
     """
 
-    def mask(self, window: int | None, share: int, dtype: torch.dtype) -> Any:
+    def mask(self, window: int | None, queries_per_key: int, dtype: torch.dtype) -> Any:
         """The causal mask of the layers that look back over `window` tokens (None: over all).
 
         It is asked for once in a pass for each window, and handed to __call__ as it is.
-        share: H/G, the query heads that meet one key-value head; dtype: that of the scores.
+        queries_per_key: H/G. Query heads that share a key-value head are stacked as further rows of
+        its queries (`attention`), and the mask is repeated for them; dtype: that of the scores.
         """
 
     def __call__(self, layer: int, mask: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -466,9 +467,9 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(input_ids)  # [T, D]
         x = x.to(self.compute_dtype or x.dtype)
         windows = [self.config.window(layer) for layer in range(self.config.num_hidden_layers)]
-        share = self.config.num_attention_heads // self.config.num_key_value_heads
+        queries_per_key = self.config.num_attention_heads // self.config.num_key_value_heads
         ropes = {w: rope_table(self.config, positions, w, x.dtype) for w in set(windows)}
-        masks = {w: attend.mask(w, share, x.dtype) for w in set(windows)}
+        masks = {w: attend.mask(w, queries_per_key, x.dtype) for w in set(windows)}
         for i, (layer, window) in enumerate(zip(self.model.layers, windows)):
             inputs = x, ropes[window], partial(attend, i, masks[window])
             if self.recompute and torch.is_grad_enabled():
@@ -689,9 +690,9 @@ class Padding:
     def __init__(self, lengths: list[int], device: torch.device, first: int = 0):
         """lengths: of B sequences; first: where in the flat list the first of them starts."""
         starts = torch.tensor(list(accumulate(lengths, initial=first))[:-1], device=device)
-        steps = torch.arange(max(lengths), device=device)
-        inside = steps < torch.tensor(lengths, device=device)[:, None]  # [B, S]
-        self.index = (starts[:, None] + steps) * inside
+        positions = torch.arange(max(lengths), device=device)
+        inside = positions < torch.tensor(lengths, device=device)[:, None]  # [B, S]
+        self.index = (starts[:, None] + positions) * inside
         self.places = inside.flatten().nonzero()[:, 0]
 
     def unpad(self, x: Tensor) -> Tensor:
@@ -722,11 +723,11 @@ def causal_mask(queries: Tensor, keys: Tensor, window: int | None, dtype: torch.
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Softmax attention [B, H, Q, d] of q [B, H, Q, d] to k, v [B, G, S, d], where
     mask [B, H/G · Q, S] is added to the scores."""
-    share = q.shape[1] // k.shape[1]
+    queries_per_key = q.shape[1] // k.shape[1]
     # Query heads that share a key-value head stand below each other, so that no key is copied.
-    q = q.unflatten(1, (-1, share)).flatten(2, 3)  # [B, G, H/G · Q, d]
+    q = q.unflatten(1, (-1, queries_per_key)).flatten(2, 3)  # [B, G, H/G · Q, d]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
-    return out.unflatten(2, (share, -1)).flatten(1, 2)
+    return out.unflatten(2, (queries_per_key, -1)).flatten(1, 2)
 
 
 class Packed(Attend):
@@ -738,22 +739,23 @@ class Packed(Attend):
         self.positions = end_to_end([range(n) for n in lengths], device)  # [T]
         self.kv = [] if keep_kv else None  # (keys, values) [B, G, P, d] of each layer
 
-    def mask(self, window: int | None, share: int, dtype: torch.dtype) -> Tensor | None:
+    def mask(self, window: int | None, queries_per_key: int, dtype: torch.dtype) -> Tensor | None:
         """[1, P, P], or None where attention is causal and nothing more."""
-        steps = torch.arange(self.padding.index.shape[1], device=self.positions.device)[None]
-        if window is None or window >= steps.shape[1]:
+        longest = self.padding.index.shape[1]
+        if window is None or window >= longest:
             return None
-        return causal_mask(steps, steps, window, dtype)
+        positions = torch.arange(longest, device=self.positions.device)[None]
+        return causal_mask(positions, positions, window, dtype)
 
     def __call__(self, layer: int, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (gather(x, self.padding.index) for x in (q, k, v))  # [B, H or G, P, d]
         if self.kv is not None:
             self.kv.append((k, v))
-        share = q.shape[1] // k.shape[1]
-        if share > 1 and (mask is not None or q.dtype == torch.float32):
+        queries_per_key = q.shape[1] // k.shape[1]
+        if queries_per_key > 1 and (mask is not None or q.dtype == torch.float32):
             # With a mask, or in float32, no fused GPU kernel lets heads share keys, and the plain
             # one would store all P² scores.
-            k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
+            k, v = (x.repeat_interleave(queries_per_key, dim=1) for x in (k, v))
         # Padding needs no mask: it stands on the right, where causal attention never looks.
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                              enable_gqa=True)
@@ -781,12 +783,12 @@ class SharedPrefix(Attend):
         lengths, widths = [len(ids) for ids in prompts], [len(ids) for ids in inputs]
         ends, self.prompt_tokens = list(accumulate(lengths)), sum(lengths)
         starts = accumulate(widths, initial=self.prompt_tokens)
-        steps = [range(lengths[b], lengths[b] + n) for b, n in zip(owner, widths)]
+        later = [range(lengths[b], lengths[b] + n) for b, n in zip(owner, widths)]
         # The last token of the prompt predicts the first one of each completion.
         predicts = [(ends[b] - 1, *range(start, start + n))
                     for b, start, n in zip(owner, starts, widths)]
         self.input_ids = end_to_end(prompts + inputs, device)
-        self.positions = end_to_end([range(n) for n in lengths] + steps, device)
+        self.positions = end_to_end([range(n) for n in lengths] + later, device)
         self.targets = end_to_end(flat, device)
         self.predicts = end_to_end(predicts, device)
         self.prompts, self.branches = Packed(lengths, device), None
@@ -798,14 +800,14 @@ class SharedPrefix(Attend):
             self.key_positions = positions_of_keys(length, max(lengths), width)  # [N, P + C]
             self.query_positions = self.key_positions[:, max(lengths):]  # [N, C]
 
-    def mask(self, window: int | None, share: int,
+    def mask(self, window: int | None, queries_per_key: int,
              dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Those of the prompts, [1, P, P], and of the completions, [N, H/G · C, P + C]."""
         branches = None
         if self.branches is not None:
             branches = causal_mask(self.query_positions, self.key_positions, window, dtype)
-            branches = branches.repeat(1, share, 1)
-        return self.prompts.mask(window, share, dtype), branches
+            branches = branches.repeat(1, queries_per_key, 1)
+        return self.prompts.mask(window, queries_per_key, dtype), branches
 
     def __call__(self, layer: int, mask: tuple[Tensor | None, Tensor | None], q: Tensor, k: Tensor,
                  v: Tensor) -> Tensor:
@@ -819,23 +821,26 @@ class SharedPrefix(Attend):
 
 # -------------------------------------------------------------------------------- the KV cache
 
-STEPS = 32  # decoding steps that share a CUDA graph, and so one shape
+STEPS = 32  # decoding steps that share a CUDA graph, and so one shape of the keys
 
 
 class KVCache(Attend):
     """Keys and values of all tokens so far, so that a decoding step computes one token a row.
 
     A row is a running completion, and K rows share a prompt. A layer stores, for each prompt, its P
-    keys once, and after them R · K places for its rows' own: K for each of R steps to come. In
-    decoding, attention spends its time on reading the keys. So all rows of a prompt meet all keys
-    of it, the other rows' too, in one product that reads them once, and the mask hides those of
-    other rows.
+    keys once, and after them R · K places for its rows' own, K for each decoding step. With K = 3:
+
+        p0 p1 ... | a0 b0 c0 | a1 b1 c1 | .  .  . | ...
+        prompt      step 0     step 1     to come
+
+    In decoding, attention spends its time on reading the keys. So the rows a, b and c meet all keys
+    of their prompt in one product that reads them once, and the mask hides those of other rows.
 
     prefill: a Packed(keep_kv=True) that has read the prompts; lengths: of the B prompts;
     samples: K; room: R, how many tokens each row may append.
     """
 
-    steps = 1  # decoding steps of one shape
+    steps_per_shape = 1  # A CUDA graph needs one shape for many decoding steps (`Decoder`).
 
     def __init__(self, prefill: Packed, lengths: list[int], samples: int, room: int):
         device = prefill.positions.device
@@ -864,13 +869,13 @@ class KVCache(Attend):
     def horizon(self) -> int:
         """How many steps of its own a row looks at: those done, this one, and as many of those to
         come as share its shape."""
-        return min(self.room, (self.used // self.steps + 1) * self.steps)
+        return min(self.room, (self.used // self.steps_per_shape + 1) * self.steps_per_shape)
 
-    def mask(self, window: int | None, share: int, dtype: torch.dtype) -> Tensor:
+    def mask(self, window: int | None, queries_per_key: int, dtype: torch.dtype) -> Tensor:
         """[B, H/G · K, P + horizon · K]"""
         keys = self.key_positions[:, :self.width + self.horizon * len(self.next_places)]
         mask = causal_mask(self.positions[:, None], keys, window, dtype)  # [N, 1, S]
-        return mask[self.padding.index, 0].repeat(1, share, 1)
+        return mask[self.padding.index, 0].repeat(1, queries_per_key, 1)
 
     def __call__(self, layer: int, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (gather(x, self.padding.index) for x in (q, k, v))  # [B, H or G, K, d]
@@ -925,7 +930,7 @@ class Decoder:
         self.graph, self.shape = None, None
         self.stream = None
         if model.device.type == "cuda":
-            self.stream, cache.steps = torch.cuda.Stream(model.device), STEPS
+            self.stream, cache.steps_per_shape = torch.cuda.Stream(model.device), STEPS
 
     def step(self, tokens: Tensor) -> Tensor:
         """Appends tokens [N] to the rows; returns the logits [N, V] of their successors."""

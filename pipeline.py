@@ -47,15 +47,16 @@ def run(args: Args) -> dict:
     asked = [dataclasses.astuple(example) for example in task.held_out]
     identity = {"settings": dataclasses.asdict(replace(args, overwrite=False, track="")),
                 "inputs": data.checksum([task.fingerprint, asked])}
-    figures, otherwise = ranks.from_first(already_there(out, identity, task, args))
-    if otherwise and not args.overwrite:
-        raise BadInput(f"--out {out}: {otherwise}; choose another --out, or --overwrite")
+    figures, conflict = ranks.from_first(already_there(out, identity, task, args))
+    if conflict and not args.overwrite:
+        raise BadInput(f"--out {out}: {conflict}; choose another --out, or --overwrite")
     names, stages = ("base", *args.method.split(",")), saved_stages(args)
-    given = {"base"} - set(stages)  # --model is the base itself, and is there
-    figures = {name: its for name, its in figures.items()
-               if name in given or made(out / name, settings(args, name, task))}
-    finished = set(names) <= figures.keys()
-    if finished and not args.overwrite:
+    figures = {name: its for name, its in figures.items()  # A base that is --model itself is there.
+               if name not in stages and name == "base"
+               or made(out / name, settings(args, name, task))}
+    missing = [name for name in names if name not in figures]
+    again = args.overwrite and not missing
+    if not missing and not again:
         print(f"{out} has the results of this command; --overwrite makes them again.")
     else:
         check_memory(config, task, tokenizer, args, device)
@@ -63,18 +64,17 @@ def run(args: Args) -> dict:
             load_model(origin, config, args, device)  # A broken one is refused before a write.
 
     with claimed(out) if ranks.first() else nullcontext():
-        if not finished or args.overwrite:
-            if finished:
-                figures = forget(names, figures, out)
+        if again:
+            figures, missing = forget(names, figures, out), names
+        if missing:
             write_results(out, figures, identity, began)
             start = make_base(origin, config, tokenizer, task, args, device, out)
-            for name in [name for name in names if name not in figures]:
-                figures[name] = make_figures(name, start, config, tokenizer, task, args, device,
-                                             out)
-                if name in stages and ranks.first():  # any other base has its own card
-                    card = model_card(name, figures, settings(args, name, task), args)
-                    write_text(out / name / "README.md", card)
-                write_results(out, figures, identity, began)
+        for name in missing:
+            figures[name] = make_figures(name, start, config, tokenizer, task, args, device, out)
+            if name in stages and ranks.first():  # any other base has its own card
+                card = model_card(name, figures, settings(args, name, task), args)
+                write_text(out / name / "README.md", card)
+            write_results(out, figures, identity, began)
         for name in names if ranks.first() else ():
             (out / name / "checkpoint.safetensors").unlink(missing_ok=True)
     results = {name: figures[name] for name in names}

@@ -20,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from caopd import METHODS, replaced_token, title
+from caopd import METHODS, target_cross_entropy, title
 from reliability import GREY, FigureError, pyplot, save
 
 WINDOW = 20  # updates that a point is the mean of
@@ -90,7 +90,8 @@ def spread_apart(places: list[float], gap: float, bottom: float, top: float) -> 
 
 
 def label(name: str, key: str) -> str:
-    cross_entropy = key == "loss_confidence" and METHODS[name].confidence_loss is replaced_token
+    cross_entropy = (key == "loss_confidence"
+                     and METHODS[name].confidence_loss is target_cross_entropy)
     return title(name) + (" (CE)" if cross_entropy else "")
 
 

@@ -103,8 +103,8 @@ def gradient(student: Transformer, teacher: Transformer,
              learned: list[caopd.Target]) -> tuple[float, torch.Tensor]:
     """The loss of Eq. 7 and its gradient, float32 on the CPU, of a student that has none yet. The
     gradient is that of the weights that it learns."""
-    losses = caopd.accumulate_gradient(student, teacher, learned, caopd.kl, caopd.replaced_token,
-                                       skip_tokens=0, scale=1e-3)
+    losses = caopd.accumulate_gradient(student, teacher, learned, caopd.kl,
+                                       caopd.target_cross_entropy, skip_tokens=0, scale=1e-3)
     grads = [weight.grad.float().cpu().flatten() for weight in student.parameters()
              if weight.requires_grad]
     student.zero_grad()

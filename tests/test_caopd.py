@@ -651,7 +651,7 @@ def test_the_loss_of_a_replaced_token_is_the_forward_kl_from_a_point_mass():
         tokens = torch.arange(count) % size
         one_hot = torch.nn.functional.one_hot(tokens, size)
         leaf, other = s.clone().requires_grad_(), s.clone().requires_grad_()
-        loss = caopd.replaced_token(leaf, t, tokens, torch.zeros(count))
+        loss = caopd.target_cross_entropy(leaf, t, tokens, torch.zeros(count))
         loss.sum().backward()
         assert (leaf.grad - (s.softmax(-1) - one_hot)).abs().max() < 1e-6
         point_mass = caopd.forward_kl(other, 1e4 * one_hot)
@@ -667,7 +667,7 @@ def test_replaced_tokens_over_many_draws_teach_a_mean_confidence_of_mu(k, mu):
     logits = torch.zeros(k + 1, requires_grad=True)
     optimizer = torch.optim.Adam([logits], 0.02)
     for _ in range(1000):
-        loss = caopd.replaced_token(logits.expand(k + 1, -1), None, torch.arange(k + 1), None)
+        loss = caopd.target_cross_entropy(logits.expand(k + 1, -1), None, torch.arange(k + 1), None)
         (share * loss).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -751,7 +751,7 @@ def test_the_divergence_of_the_confidence_is_that_of_a_replaced_one_alone(kind):
                         caopd.DIVERGENCES[args.confidence_divergence])
     assert parse_args([]).confidence_divergence == "forward"
     direct = caopd.choose_losses(METHODS["caopd-direct"], args)
-    assert direct == (caopd.kl, caopd.replaced_token)
+    assert direct == (caopd.kl, caopd.target_cross_entropy)
 
 
 def nothing(student_logits: torch.Tensor, *_) -> torch.Tensor:
@@ -848,8 +848,8 @@ SPECIFIED = {  # what replaces c, the losses on I_a and I_c, the reward
     "opd": (None, caopd.kl, caopd.kl, NO_REWARD),
     "caopd": (caopd.mu_hat, caopd.kl, caopd.forward_kl, NO_REWARD),
     "caopd-sc": (caopd.self_consistency, caopd.kl, caopd.forward_kl, NO_REWARD),
-    "caopd-direct": (caopd.mu_hat, caopd.kl, caopd.replaced_token, NO_REWARD),
-    "caopd-direct-loo": (caopd.leave_one_out, caopd.kl, caopd.replaced_token, NO_REWARD),
+    "caopd-direct": (caopd.mu_hat, caopd.kl, caopd.target_cross_entropy, NO_REWARD),
+    "caopd-direct-loo": (caopd.leave_one_out, caopd.kl, caopd.target_cross_entropy, NO_REWARD),
     "sampled": (None, caopd.sampled_kl, caopd.sampled_kl, NO_REWARD),
     "vopd": (None, caopd.vopd, caopd.vopd, NO_REWARD),
     "caopd-vopd": (caopd.mu_hat, caopd.vopd, caopd.forward_kl, NO_REWARD),
@@ -880,7 +880,7 @@ def test_an_update_of_each_method_against_the_plain_way(world, tmp_path, monkeyp
     targets = [target for group in groups for target in make_targets(
         group, confidence and confidence(group),
         caopd.group_advantages(group, reward, standardize), tokenizer, task.wording,
-        None if reward else "demo", end_in_answer=confidence_loss is caopd.replaced_token)]
+        None if reward else "demo", end_in_answer=confidence_loss is caopd.target_cross_entropy)]
     count = sum(int(mask.sum()) for mask in caopd.loss_weights(targets, 0))
     teacher, student = (None if reward else copy.deepcopy(student)), copy.deepcopy(student)
     sums = plain_loss(student, teacher, targets, answer_loss, confidence_loss, 0)
@@ -2124,7 +2124,7 @@ def test_help_tells_of_every_flag(capsys):
 @pytest.mark.parametrize("prepend", [False, True])
 def test_the_segments_whose_probability_is_read_are_those_that_are_put_in(prepend):
     tokenizer = sentencepiece(prepend)
-    branches = caopd.Branches(tokenizer, "\n")
+    branches = caopd.ConfidenceTree(tokenizer, "\n")
     ids = tokenizer.encode("46")
     for i, value in enumerate(VALUES):
         put_in, n = data.replace_confidence(tokenizer, ids, value)

@@ -171,8 +171,8 @@ def everything(student: Transformer, teacher_device: str) -> dict:
                            sampling, generator)
     targets = [target for group in groups for target in caopd.make_targets(
         group, caopd.mu_hat(group), [0.0] * 3, tokenizer, task.wording, "demo")]
-    losses = caopd.accumulate_gradient(student, teacher, targets, caopd.kl, caopd.replaced_token,
-                                       skip_tokens=0, scale=0.1)
+    losses = caopd.accumulate_gradient(student, teacher, targets, caopd.kl,
+                                       caopd.target_cross_entropy, skip_tokens=0, scale=0.1)
     norm = optimizer.step(0, 1e-2, caopd.seeded(0, "rounding", 0, student.device))
     caopd.ema_update(teacher, student, 0.5, caopd.seeded(0, "ema", 0, student.device))
     figures = caopd.evaluate(student, tokenizer, task.held_out, task.wording, sampling, seed=0,

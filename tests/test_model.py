@@ -250,7 +250,7 @@ def greedy_by_forward(model: Transformer, prompt: list[int], steps: int,
 @pytest.mark.parametrize("seed", range(3))
 def test_cached_decoding_equals_the_full_forward_pass(seed, changes, monkeypatch):
     # What a step looks at grows on the way, by a token a step or, as on a GPU, now and then.
-    monkeypatch.setattr("model.KVCache.steps", (1, 7, 32)[seed])
+    monkeypatch.setattr("model.KVCache.steps_per_shape", (1, 7, 32)[seed])
     model = tiny(seed, **changes).double()
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 30, (9,), generator=rng).tolist()
@@ -440,7 +440,7 @@ class OnGPU(Decoder):
 
     def __init__(self, model: Transformer, cache: KVCache):
         super().__init__(model, cache)
-        self.stream, cache.steps = "side stream", 5
+        self.stream, cache.steps_per_shape = "side stream", 5
 
 
 class FakeGraph:

@@ -594,8 +594,8 @@ def test_a_confidence_is_driven_and_asked_back(toy, monkeypatch):
     student, groups = toy
     monkeypatch.setattr(in_the_trainer, "LIMIT", 2)
     monkeypatch.setattr(in_the_trainer, "STEP_SIZE", 1e-2)
-    fresh = in_the_trainer.updates_to_return(student, groups, caopd.replaced_token, 0, 0.0)
-    driven = in_the_trainer.updates_to_return(student, groups, caopd.replaced_token, 60, 0.0)
+    fresh = in_the_trainer.updates_to_return(student, groups, caopd.target_cross_entropy, 0, 0.0)
+    driven = in_the_trainer.updates_to_return(student, groups, caopd.target_cross_entropy, 60, 0.0)
     assert driven[0] > 0.9 > 0.1 > fresh[0]  # P(0.00) at the turn
     assert fresh[1] == driven[1]  # the frozen teacher has not moved
     assert driven[2] == 3  # never in two updates

@@ -152,7 +152,7 @@ def test_descent_on_a_truncated_sum_leaves_a_student_worse_than_it_was():
 def test_gradients_on_replaced_tokens_by_enumeration(method):
     """The trainer's losses at the replaced token of each level, each teacher told its own."""
     losses = {"full": caopd.kl, "sampled": caopd.sampled_kl, "vopd": caopd.vopd,
-              "direct": caopd.replaced_token}
+              "direct": caopd.target_cross_entropy}
     for seed in range(30):
         rng = np.random.default_rng(seed)
         logits, law = rng.normal(size=5), binomial(4, rng.random())
@@ -213,7 +213,7 @@ def test_cross_entropy_is_the_forward_kl_from_a_point_mass():
         certain = torch.full((1, 6), -200.0, dtype=torch.float64)
         certain[0, token] = 200.0
         grads = []
-        for loss in (caopd.replaced_token, caopd.forward_kl):
+        for loss in (caopd.target_cross_entropy, caopd.forward_kl):
             x = torch.tensor(values[None], requires_grad=True)
             value = loss(x, certain, torch.tensor([token])).sum()
             value.backward()
@@ -256,7 +256,7 @@ def test_cross_entropy_on_the_end_of_an_answer_feeds_itself(weight):
         logit = torch.tensor(np.log(p / (1 - p)), requires_grad=True)
         student, teacher = (torch.stack([x, torch.zeros_like(x)])[None] for x in (
             logit, torch.tensor(np.log(q / (1 - q)))))
-        ended = weight * caopd.replaced_token(student, None, torch.tensor([0]))
+        ended = weight * caopd.target_cross_entropy(student, None, torch.tensor([0]))
         went_on = caopd.kl(student, teacher)
         (p * ended + (1 - p) * went_on).sum().backward()
         found = direct.ending_gradient(p, q, weight)

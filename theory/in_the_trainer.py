@@ -120,7 +120,7 @@ def probability_of(model: Transformer, prompts: list[list[int]],
     _, mask = caopd.loss_weights(targets, 0)
     shared = SharedPrefix(prompts, [t.sequences for t in targets], model.device)
     logits = model.logits(caopd.hidden_states(model, shared, mask > 0))
-    nll = caopd.replaced_token(logits, None, shared.targets[mask > 0])
+    nll = caopd.target_cross_entropy(logits, None, shared.targets[mask > 0])
     # Each completion's segment is as long as any other's: "\nConfidence: ", tenths, a digit, end.
     return float((-nll.view(-1, 4).sum(1)).exp().mean())
 
@@ -157,7 +157,7 @@ def slow_return(base: Transformer, seed: int) -> None:
     rows = []
     for name, loss, rate in (("reverse KL, frozen teacher", caopd.kl, 0.0),
                              ("forward KL, frozen teacher", caopd.forward_kl, 0.0),
-                             ("cross-entropy on the token", caopd.replaced_token, 0.0),
+                             ("cross-entropy on the token", caopd.target_cross_entropy, 0.0),
                              ("reverse KL, EMA 0.05", caopd.kl, 0.05)):
         for driven in (0, 50):
             at_zero, copies, updates = updates_to_return(base, groups, loss, driven, rate)
