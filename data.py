@@ -99,10 +99,11 @@ def split_completion(tokenizer: "Tokenizer", ids: list[int]) -> tuple[int, str]:
 
     ids: the completion's tokens.
     Returns (n, before). The answer's tokens I_a are ids[:n], and the confidence's I_c are ids[n:].
-    A segment may begin inside a token: `before` holds that token's characters that come before the
-    segment, a space or a newline perhaps, and usually nothing. Without a segment, n leaves out the
-    end token alone, and `before` is what has to be written before one: a newline, and the end of a
-    thinking that was left unfinished.
+    A segment may begin inside a token, which then belongs to I_c: `before` holds the characters of
+    that token that come before the segment. In the embedded world, whose token is `⏎Confidence: `,
+    it is the newline; where the newline is a token of its own, it is nothing. Without a segment, n
+    leaves out the end token alone, and `before` is what has to be written before one: a newline,
+    and the end of a thinking that was left unfinished.
     """
     text = tokenizer.decode(ids)
     start = segment_start(text)
@@ -126,6 +127,8 @@ def replace_confidence(
     """Makes ỹ = (a, μ̂) of Algorithm 1: the same answer, with a confidence segment of our own.
 
     ids: the tokens of a sampled completion. value: the confidence to state, in [0, 1].
+    The segment goes on to the end of the text, so that what was written after it is gone, too. A
+    completion that states no confidence is given a segment after its answer.
     Returns (new_ids, n), where n is the number of answer tokens, which are taken over as they are.
     We join token ids and not text, because decoding an answer and encoding it again can change its
     tokens, and with them the loss on I_a, which Eq. 7 leaves as it is.

@@ -16,10 +16,11 @@ def calibration(confidence, correct, bins: int = 10) -> dict:
 
     confidence: [N] floats in [0, 1]; NaN where no confidence could be parsed.
     correct: [N] booleans or 0/1.
-    Returns accuracy and format (the share of parsable confidences) over all N, and over the
-    parsable ones mean_confidence, ocg = mean c − accuracy, ece = Σ_bins n_b/n |accuracy_b − mean
-    c_b|, brier = mean (c − R)², and spr = P(c⁺ > c⁻) over (correct, wrong) pairs with ties counted
-    as zero. A figure with nothing to average is NaN.
+    Returns accuracy and format (the share of parsable confidences) over all N, and over the answers
+    whose confidence can be parsed mean_confidence, ocg = mean c − mean R, ece = Σ_bins n_b/n
+    |mean R_b − mean c_b|, brier = mean (c − R)², and spr = P(c⁺ > c⁻) over (correct, wrong) pairs
+    with ties counted as zero. Where format is under 1, mean R is therefore not `accuracy`. A figure
+    with nothing to average is NaN.
     Bins are [i/10, (i+1)/10), to the digit. The released code cuts at np.linspace(0, 1, 11), which
     puts .3, .6 and .7 a bin lower, and its headline counts an unparsable confidence as 0.0;
     theory/in_the_trainer.py has both on the same answers.
@@ -94,10 +95,15 @@ VALUES = np.arange(101) / 100  # the confidences that a completion can state
 
 def every_readout(confidence: np.ndarray, correct: np.ndarray, p: np.ndarray,
                   likelihood: np.ndarray, mu: np.ndarray | None = None, samples: int = 0) -> dict:
-    """The metrics of the confidence as it was stated, and under `readouts` also of the likeliest
-    one after the sampled answer (greedy), of its mean (expected), and of the probability of the
-    answer itself (likelihood). That one needs no words, and shows what the network knows even where
-    it does not state it. For a long answer, reasoning included, it is next to nothing.
+    """The metrics of the confidence as it was stated, and the same under `readouts` for each of
+
+        stated      the confidence that was sampled, as a user reads it
+        greedy      the likeliest one of VALUES after the sampled answer
+        expected    their mean, by the model's own probabilities
+        likelihood  the probability of the answer itself, whatever is stated
+
+    The last one shows what the network knows even where it does not state it. It is near 0 for a
+    long answer, right or wrong, and so no confidence there.
 
     confidence, correct: [N]; p: the distribution over VALUES after each answer, [N, 101];
     likelihood: π_θ(a|x) of each answer, [N]; mu: μ̂(x) of each answer's question, [N], from
