@@ -291,7 +291,7 @@ def log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
     return -cross_entropy(logits.float(), tokens, reduction="none")
 
 
-def target_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor,
+def target_cross_entropy(student_logits: Tensor, teacher_logits: Tensor | None, tokens: Tensor,
                          *_) -> Tensor:
     """−log π_θ(ỹ_t): cross-entropy on the target's token, the forward KL from a point mass on it.
 
@@ -387,8 +387,7 @@ def accumulate_gradient(student: Transformer, teacher: Transformer | None, targe
         return weights[rows] * eq7(student.logits(hidden), teacher_logits, tokens[rows],
                                    advantages[rows], is_answer[rows], answer_loss, confidence_loss)
 
-    chunk = max(1, LOGITS_AT_ONCE // student.config.vocab_size)
-    losses = backward_in_chunks(losses_of, hidden, chunk, scale)  # [M']
+    losses = backward_in_chunks(losses_of, hidden, rows_at_once(student), scale)  # [M']
     return (losses[is_answer].sum().item(), losses[~is_answer].sum().item(),
             weights[copied & ~is_answer].sum().item())
 
@@ -399,6 +398,10 @@ def hidden_states(model: Transformer, shared: SharedPrefix, counted: Tensor) -> 
 
 
 LOGITS_AT_ONCE = 2 ** 24  # 64 MiB in float32
+
+
+def rows_at_once(model: Transformer) -> int:
+    return max(1, LOGITS_AT_ONCE // model.config.vocab_size)
 
 
 def backward_in_chunks(losses_of: Callable[[slice, Tensor], Tensor], hidden: Tensor, chunk: int,
@@ -805,20 +808,30 @@ def supervise(model: Transformer, tokenizer: Tokenizer, task: Task, args: "Args"
         num_tokens, loss = sum(map(len, completions)), 0.0
         costs = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completions)]
         for batch in own_batches(costs, args.micro_tokens):
-            # An empty one reads a completion of one token, of which nothing is learned: M is 0.
-            shared = SharedPrefix([prompts[i] for i in batch] or [[0]],
-                                  [[completions[i]] for i in batch] or [[[0]]], model.device)
-            learned = sum(len(completions[i]) for i in batch)  # M
-            hidden = model.hidden(shared.input_ids, shared.positions, shared)
-            logits = model.logits(hidden[shared.predicts[:learned]]).float()  # [M, V]
-            part = cross_entropy(logits, shared.targets[:learned], reduction="sum") / num_tokens
-            part.backward()
-            loss += part.item()
-        loss = float(ranks.total(np.array(loss)))
+            loss += supervised_gradient(model, [prompts[i] for i in batch],
+                                        [completions[i] for i in batch], 1 / num_tokens)
+        loss = float(ranks.total(np.array(loss))) / num_tokens
         lr = args.sft_lr * warmup_stable_decay(step, args.sft_steps)
         grad_norm = optimizer.step(step, lr, seeded(args.seed, "rounding", step, model.device))
         stage.log(step, {"loss": loss, "lr": lr, "grad_norm": grad_norm})
         stage.save_if_due(step)
+
+
+def supervised_gradient(model: Transformer, prompts: list[list[int]], completions: list[list[int]],
+                        scale: float) -> float:
+    """Adds scale · ∇ Σ −log π(y_t) to the gradients; returns the sum, in nats, over M tokens."""
+    # Without prompts a completion of one token is read, of which nothing is learned: M is 0.
+    shared = SharedPrefix(prompts or [[0]], [[ids] for ids in completions] or [[[0]]],
+                          model.device)
+    learned = sum(map(len, completions))  # M
+    hidden = model.hidden(shared.input_ids, shared.positions, shared)
+    tokens = shared.targets[:learned]
+
+    def losses_of(rows: slice, hidden: Tensor) -> Tensor:
+        return target_cross_entropy(model.logits(hidden), None, tokens[rows])
+
+    return backward_in_chunks(losses_of, hidden[shared.predicts[:learned]], rows_at_once(model),
+                              scale).sum().item()
 
 
 # ----------------------------------------------------------------------------- evaluation
@@ -948,8 +961,7 @@ def score_answers(model: Transformer, tokenizer: Tokenizer, groups: list[Group],
 
 def likelihood(model: Transformer, hidden: Tensor, tokens: Sequence[int]) -> float:
     """Π_t π_θ(y_t) of T tokens that the first T of these hidden states, [.., D], predict."""
-    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    ids = torch.tensor(tokens, device=hidden.device).long()
+    size, ids = rows_at_once(model), torch.tensor(tokens, device=hidden.device).long()
     chunks = zip(hidden[:len(ids)].split(size), ids.split(size))
     return math.exp(sum(log_prob(model.logits(h), part).sum().item() for h, part in chunks))
 

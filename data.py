@@ -228,18 +228,26 @@ def change_a_digit(answer: str, rng: random.Random) -> str:
 
 # It may stand in brackets, quotes, LaTeX or bold, and is not the article of "a hard one".
 STYLE = r"\\(?:text|textbf|mathbf|mathrm)\{"
-A_LETTER = (rf"(?:[\s:(\[*$\"'`]|\\\(|\\boxed\{{|{STYLE})*(?:option\b[\s(*]*)?"
-            r"(?!(?-i:a|I)[ \t]+\w)([A-Z])\b(?![-'’]\w)")
+OPTION = r"(?:option\b[\s(*]*)?"
+A_LETTER = (rf"(?:[\s:(\[*$\"'`]|\\\(|\\boxed\{{|{STYLE})*{OPTION}"
+            r"(?!(?-i:a|I)[ \t]+\w)([A-Z])\b(?![-'’]\w)"
+            r"(?![)*]*[ \t]+(?:or|and)[ \t]+[(*]*(?-i:[A-HJ-Z])\b)")  # and not two of them
 # "B. NaCl", "B. O=C1CC1" and "B. A salt", and nothing that names another letter, "B. or C".
 ANOTHER = r"(?-i:(?:(?<!\S)|(?<=\s[(\[]))(?!A[ \t]+[a-z])[A-Z](?![^\s.,;:)\]!?<]))"
 ITS_WORDS = rf"[.):]+[ \t]+(?:(?!{ANOTHER})[^<\n])*"
 CHOICES = (
-    re.compile(rf"<answer>[^\w<]*([A-Z])(?:[^\w<]*|{ITS_WORDS}\s*)</answer>", re.IGNORECASE),
+    # A confidence within the tag takes its end along.
+    re.compile(rf"<answer>[^\w<]*{OPTION}([A-Z])(?:[^\w<]*|{ITS_WORDS}\s*)(?:</answer>|$)",
+               re.IGNORECASE),
     # "Answer: X" and "the answer is (X)", and not the article of "the answer is a hard one".
-    re.compile(r"\banswer\b[\s*]*(?:is\b|:)" + A_LETTER, re.IGNORECASE),
+    re.compile(r"\banswer\b(?:[ \t]+choice)?[\s*]*"
+               r"(?:is\b|(?:should|must|would)[ \t]+be\b|:)" + A_LETTER, re.IGNORECASE),
     re.compile(r"\banswer\b" + A_LETTER, re.IGNORECASE),
     re.compile(r"\b(?:correct|right|best) (?:option|choice)\b[ \t*]*(?:is\b|:)" + A_LETTER,
                re.IGNORECASE),
+    # "Option B is right", or "B is right" at the start of a sentence: "vitamin C is right" is none.
+    re.compile(r"(?:\boption[ \t]+|(?:^|[.!?\n])[ \t]*)[(*]*([A-Z])\b[)*]*[ \t]+is[ \t]+"
+               r"(?:the[ \t]+)?(?:correct|right|best)\b", re.IGNORECASE),
     re.compile(rf"\\boxed\{{(?:{STYLE})?\(?([A-Z])\)?\}}"),
     re.compile(rf"^\W*([A-Z])(?:\W*|{ITS_WORDS})$", re.IGNORECASE))  # the letter is all there is
 
@@ -836,11 +844,18 @@ class Document:
 
 
 def demonstration(example: Example, wrong: bool, rng: random.Random) -> str:
-    """Returns the example's own demonstration, or that of a wrong answer."""
+    """Returns the example's own demonstration, or that of a wrong answer.
+
+    The wrong answer takes the last place of the right one in a worked demonstration, so that it
+    cannot be told from its length. It stands alone where that leaves the demonstration right.
+    """
     if not wrong:
         return example.demo
     kind = KINDS[example.task]
-    return kind.demonstrate(kind.corrupt(example.answer, rng))
+    right, other = (kind.demonstrate(answer)
+                    for answer in (example.answer, kind.corrupt(example.answer, rng)))
+    changed = other.join(example.demo.rsplit(right, 1))
+    return other if verify(example, changed) else changed
 
 
 def answer_only(example: Example, wording: Wording) -> Document:

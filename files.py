@@ -59,6 +59,8 @@ def replacing(path: Path) -> Iterator[Path]:
     with TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as directory:
         unfinished = Path(directory) / path.name
         yield unfinished
+        os.umask(umask := os.umask(0))
+        unfinished.chmod(0o666 & ~umask)  # safetensors writes files that others may not read
         os.replace(unfinished, path)
 
 
@@ -126,15 +128,22 @@ MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index
 
 
 def fingerprint(directory: Path) -> int:
-    """A checksum of everything that a model directory is read from."""
+    """A checksum of everything that a model directory is read from.
+
+    Raises BadInput where some of it may not be read.
+    """
     total = 0
-    for path in sorted(directory.iterdir()):
-        read = path.name in MODEL_FILES or path.suffix in (".safetensors", ".jinja")
-        if read and path.is_file():
-            total = zlib.crc32(path.name.encode(), total)
-            with path.open("rb") as file:
-                while part := file.read(2 ** 24):
-                    total = zlib.crc32(part, total)
+    try:
+        for path in sorted(directory.iterdir()):
+            read = path.name in MODEL_FILES or path.suffix in (".safetensors", ".jinja")
+            if read and path.is_file():
+                total = zlib.crc32(path.name.encode(), total)
+                with path.open("rb") as file:
+                    while part := file.read(2 ** 24):
+                        total = zlib.crc32(part, total)
+    except OSError as error:
+        raise BadInput(f"{directory}: {error.filename or ''} cannot be read "
+                       f"({error.strerror})") from None
     return total
 
 

@@ -44,17 +44,16 @@ def run(args: Args) -> dict:
     began, device, out = time.perf_counter(), pick_device(args.device), Path(args.out)
     args = replace(args, dtype=pick_dtype(args, device))
     origin, config, tokenizer, task = read_inputs(args)
-    asked = [dataclasses.astuple(example) for example in task.held_out]
+    asked = [dataclasses.astuple(replace(example, where="")) for example in task.held_out]
     identity = {"settings": dataclasses.asdict(replace(args, overwrite=False, track="")),
                 "inputs": data.checksum([task.fingerprint, asked])}
-    figures, conflict = ranks.from_first(already_there(out, identity, task, args))
-    if conflict and not args.overwrite:
-        raise BadInput(f"--out {out}: {conflict}; choose another --out, or --overwrite")
     names, stages = ("base", *args.method.split(",")), saved_stages(args)
-    figures = {name: its for name, its in figures.items()  # A base that is --model itself is there.
-               if name not in stages and name == "base"
-               or made(out / name, settings(args, name, task))}
-    missing = [name for name in names if name not in figures]
+
+    def still_to_do() -> tuple[dict, list[str]]:
+        figures = figures_there(names, identity, task, args, out)
+        return figures, [name for name in names if name not in figures]
+
+    figures, missing = still_to_do()
     again = args.overwrite and not missing
     if not missing and not again:
         print(f"{out} has the results of this command; --overwrite makes them again.")
@@ -64,6 +63,7 @@ def run(args: Args) -> dict:
             load_model(origin, config, args, device)  # A broken one is refused before a write.
 
     with claimed(out) if ranks.first() else nullcontext():
+        figures, missing = still_to_do()  # Another command may have ended there in the meantime.
         if again:
             figures, missing = forget(names, figures, out), names
         if missing:
@@ -124,26 +124,37 @@ def make_base(origin: Path | None, config: Config, tokenizer: Tokenizer, task: T
     return ranks.from_first(base)  # Other ranks wait until rank 0 has saved.
 
 
+def make_model(name: str, start: Path, config: Config, tokenizer: Tokenizer, task: Task, args: Args,
+               device: torch.device, out: Path) -> Path:
+    """The directory of method `name`'s model: the one that is there, or what training makes."""
+    directory = out / name
+    if made(directory, settings(args, name, task)):
+        print(f"Reusing the model in {directory}: it was made with the same settings.")
+        return directory
+    model = load_model(start, config, args, device)
+    train(model, name, tokenizer, task, args, out)
+    model = model.for_inference()
+    if args.save_adapter and ranks.first():
+        origin = str(start) if "base" in saved_stages(args) else args.model
+        model.save_adapter(directory / "adapter", origin)
+    save(model, tokenizer, directory)
+    return ranks.from_first(directory)  # Other ranks wait until rank 0 has saved.
+
+
 def make_figures(name: str, start: Path, config: Config, tokenizer: Tokenizer, task: Task,
                  args: Args, device: torch.device, out: Path) -> dict:
     """Trains method `name` from the base model in `start`, unless its model is there, and asks it.
 
-    name: a method, or "base" for the base model itself.
+    name: a method, or "base" for the base model itself. It is asked as it was saved, so that the
+    figures are those of the model in --out: adapters are merged, and weights are in --dtype.
     """
-    ready = name != "base" and made(out / name, settings(args, name, task))
-    model = load_model(out / name if ready else start, config, args, device)
+    source = start
+    if name != "base":
+        source = make_model(name, start, config, tokenizer, task, args, device, out)
+        ranks.free_unused()
+    model = load_model(source, config, args, device)
     if name == "base":
         print(introduction(model, task, args))
-    elif ready:
-        print(f"Reusing the model in {out / name}: it was made with the same settings.")
-    else:
-        train(model, name, tokenizer, task, args, out)
-        model = model.for_inference()
-        ranks.free_unused()
-        if args.save_adapter and ranks.first():
-            origin = str(start) if "base" in saved_stages(args) else args.model
-            model.save_adapter(out / name / "adapter", origin)
-        save(model, tokenizer, out / name)
     return {"seconds": training_seconds(out, name)} | evaluate(
         model, tokenizer, task.held_out, task.wording, eval_sampling(args), args.seed,
         args.eval_samples, args.oracle, args.paper_samples, name)
@@ -273,6 +284,20 @@ def made(directory: Path, identity: dict) -> bool:
     except BadInput:
         there = False
     return ranks.from_first(there)
+
+
+def figures_there(names: Sequence[str], identity: dict, task: Task, args: Args, out: Path) -> dict:
+    """The figures in --out that stay, by model: those of other commands, and of `names` those whose
+    models are there.
+
+    Raises BadInput for what other settings have made, unless --overwrite is given.
+    """
+    figures, conflict = ranks.from_first(already_there(out, identity, task, args))
+    if conflict and not args.overwrite:
+        raise BadInput(f"--out {out}: {conflict}; choose another --out, or --overwrite")
+    trained = [name for name in names if name in saved_stages(args)]  # --model itself may be base
+    return {name: its for name, its in figures.items()
+            if name not in trained or made(out / name, settings(args, name, task))}
 
 
 def already_there(out: Path, identity: dict, task: Task, args: Args) -> tuple[dict, str]:

@@ -130,15 +130,21 @@ class Reply:
 
 
 def typed_lines() -> Iterator[list[str]]:
-    """The questions of standard input, one at a time; at a terminal, up to an empty line."""
+    """The questions of standard input, one at a time; at a terminal, up to an empty line.
+
+    Raises BadInput for a line that is not text.
+    """
     typed = sys.stdin.isatty()
     if typed:
         print("One question a line; an empty line ends.")
-    for line in sys.stdin:
-        if line.strip():
-            yield [line]
-        elif typed:
-            return
+    try:
+        for line in sys.stdin:
+            if line.strip():
+                yield [line]
+            elif typed:
+                return
+    except UnicodeDecodeError as error:
+        raise BadInput(f"--ask: standard input is not {error.encoding} text") from None
 
 
 def ask(texts: list[str], sources: dict[str, Path], tokenizer: Tokenizer, config: Config,

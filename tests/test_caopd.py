@@ -11,6 +11,7 @@ import operator
 import os
 import re
 import shutil
+import stat
 import string
 import subprocess
 import sys
@@ -738,6 +739,22 @@ def test_shared_prompts_and_chunks_change_neither_loss_nor_gradient(world, monke
                                                       0.5))
     g_plain = gradient(student, (0.5 * sum(plain)).backward)
     assert_same_gradient(g, g_plain)
+
+
+@pytest.mark.parametrize("at_once", [2 ** 24, 60])
+def test_the_supervised_gradient_is_that_of_plain_cross_entropy(world, monkeypatch, at_once):
+    _, _, _, student, _ = world
+    monkeypatch.setattr(caopd, "LOGITS_AT_ONCE", at_once)
+    prompts, completions = [[4, 5, 6], [7]], [[8, 9, 3, 1], [5, 1]]
+    plain = 0.0
+    for prompt, ids in zip(prompts, completions):
+        logits = student(torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1]
+        plain -= logits.log_softmax(-1)[range(len(ids)), ids].sum()
+
+    def ours() -> float:
+        return caopd.supervised_gradient(student, prompts, completions, 0.5)
+    assert ours() == pytest.approx(plain.item(), rel=1e-5)
+    assert_same_gradient(gradient(student, ours), gradient(student, (0.5 * plain).backward))
 
 
 @pytest.mark.parametrize("kind", caopd.DIVERGENCES)
@@ -1673,6 +1690,50 @@ def test_what_a_command_has_made_serves_others(tmp_path, capsys, monkeypatch):
     assert all(once_more[name] == both[name] for name in ("base", "opd", "grpo"))
 
 
+def test_results_of_other_methods_stay_where_their_models_are_gone(tmp_path):
+    first = run(tmp_path, "--method", "opd")
+    shutil.rmtree(tmp_path / "opd")
+    both = run(tmp_path, "--method", "grpo")
+    assert both["opd"] == first["opd"] and "grpo" in both
+
+
+def test_results_of_a_command_that_ended_in_the_meantime_stay(tmp_path, monkeypatch):
+    run(tmp_path, "--method", "opd")
+
+    def meanwhile(*_):
+        monkeypatch.undo()
+        run(tmp_path, "--method", "rlcr")
+    monkeypatch.setattr(pipeline, "check_memory", meanwhile)
+    assert {"opd", "rlcr", "grpo"} <= run(tmp_path, "--method", "grpo").keys()
+
+
+def test_the_same_questions_in_another_place_are_the_same(tmp_path, real_model, capsys):
+    train, moved = (write(tmp_path / name, *ROWS["mcq"]) for name in ("a.jsonl", "b.jsonl"))
+    flags = ["--model", str(real_model), "--task", "mcq", *REAL, "--out", str(tmp_path / "out"),
+             "--method", "grpo"]
+    assert caopd.main([*flags, "--train", train, "--eval", train]) == 0
+    assert caopd.main([*flags, "--train", moved, "--eval", moved]) == 0
+    assert "has the results of this command" in capsys.readouterr().out
+
+
+def test_figures_are_those_of_the_model_as_it_is_saved(tmp_path, real_model):
+    """Adapters are merged, in bfloat16, when they are saved: a run that is interrupted after that
+    asks the merged model, and has to find what a whole run found."""
+    flags = ["--model", str(real_model), *REAL, "--method", "opd", "--lora-rank", "2",
+             "--dtype", "bfloat16", "--lr", "1e-3", "--oracle", "0", "--paper-samples", "0"]
+    assert caopd.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "evaluate", lambda *args, ask=pipeline.evaluate:
+                      ask(*args) if args[-1] == "base" else interrupt())
+        assert caopd.main([*flags, "--out", str(tmp_path / "cut")]) == 130
+    assert caopd.main([*flags, "--out", str(tmp_path / "cut")]) == 0
+    whole, cut = (json.loads((tmp_path / name / "results.json").read_text())
+                  for name in ("whole", "cut"))
+    for name in ("base", "opd"):
+        assert whole[name].pop("seconds") >= 0 and cut[name].pop("seconds") >= 0
+        assert whole[name] == cut[name]
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 @pytest.mark.parametrize("other, words", [
     (["--lr", "1e-5"], "with --lr 0.0006, not 1e-05"), (["--seed", "1"], "with --seed 0, not 1"),
@@ -1722,7 +1783,7 @@ def test_a_run_never_goes_on_from_a_checkpoint_whose_rows_another_one_dropped(tm
     assert [row["step"] for row in metrics(tmp_path) if row["stage"] == "opd"] == [0, 1, 2, 3]
 
 
-def test_a_model_directory_is_known_by_what_is_read_from_it(real_model, tmp_path):
+def test_a_model_directory_is_known_by_what_is_read_from_it(real_model, tmp_path, monkeypatch):
     model = shutil.copytree(real_model, tmp_path / "model")
     before = fingerprint(model)
     (model / "results.json").write_text("{}")
@@ -1731,6 +1792,19 @@ def test_a_model_directory_is_known_by_what_is_read_from_it(real_model, tmp_path
     assert fingerprint(model) == before
     (model / "generation_config.json").write_text('{"eos_token_id": 1}')
     assert fingerprint(model) != before
+    monkeypatch.setattr(Path, "open", lambda self, *_: os.open(tmp_path / "none" / self.name, 0))
+    with pytest.raises(BadInput, match="config.json cannot be read"):
+        fingerprint(model)
+
+
+def test_what_is_saved_may_be_read_by_whoever_may_read_its_directory(small_run):
+    modes = {path.stat().st_mode for path in small_run.glob("**/*") if path.is_file()}
+    assert {stat.S_IMODE(mode) for mode in modes} == {0o666 & ~current_umask()}
+
+
+def current_umask() -> int:
+    os.umask(umask := os.umask(0))
+    return umask
 
 
 def test_a_run_from_a_model_in_its_own_out_finishes_and_goes_on(real_model, tmp_path, capsys):

@@ -256,6 +256,14 @@ CALL = [{"Action": "search", "Action_Input": '{"q": "x", "n": 2}'}]
     ("mcq", "B", "<answer>B. NaCl and C. KCl</answer>", False),
     ("mcq", "B", r"The answer is \textbf{B}", True), ("mcq", "B", r"Answer: \(B\)", True),
     ("mcq", "B", r"\boxed{\mathbf{B}}", True), ("mcq", "A", "(A) [B]", False),
+    ("mcq", "B", "The correct answer should be B.", True), ("mcq", "B", "So it must be B.", False),
+    ("mcq", "B", "So the answer must be B.", True), ("mcq", "B", "The answer choice is B.", True),
+    ("mcq", "B", "B is the correct answer.", True), ("mcq", "B", "So option B is correct.", True),
+    ("mcq", "C", "Vitamin C is the best choice.", False), ("mcq", "B", "A or B is right.", False),
+    ("mcq", "B", "<answer>Option B</answer>", True), ("mcq", "B", "Neither is. (B) is right", True),
+    ("mcq", "B", "<answer>\nB\nConfidence: 0.90\n</answer>", True),
+    ("mcq", "B", "Answer: B or C", False), ("mcq", "B", "Answer: **B** and **C**", False),
+    ("mcq", "B", "Answer: B and I am sure", True), ("mcq", "B", "Answer: B, not C", True),
     ("tool", CALL, 'Action: search\nAction Input: {"n": 2, "q": "x"}', True),
     ("tool", CALL, 'Thought: so\nAction: search\nAction_Input: {"q":"x","n":2} end', True),
     ("tool", CALL, 'Action: search\nAction Input: {"q": "x"}', False),
@@ -877,6 +885,22 @@ def test_the_documents_of_the_supervised_stage():
     assert all(d.messages[-1]["content"].endswith("\n" + d.completion) for d in opened)
     followed = [verify(e, document.completion) for e, document in zip(examples, opened)]
     assert 0.45 < sum(followed) / 4000 < 0.55
+
+
+@pytest.mark.parametrize("task, answer, demo, wrong", [
+    ("arithmetic", "72", "48/2 = 24 clips in May.\n48+24 = 72 clips.\n#### 72",
+     r"48/2 = 24 clips in May\.\n48\+24 = 72 clips\.\n#### \d\d"),
+    ("arithmetic", "1046", "It is $1,046.", r"\d{4}"),  # written otherwise: the answer alone
+    ("mcq", "B", "It dissolves, so\n<answer>\nB\n</answer>",
+     r"It dissolves, so\n<answer>\n[ACD]\n</answer>"),
+    ("tool", CALL, "Let me look.\n" + KINDS["tool"].demonstrate(CALL),
+     r"Let me look\.\nAction: .*\nAction Input: .*")])
+def test_a_wrong_demonstration_is_worked_like_a_right_one(task, answer, demo, wrong):
+    example = Example(task, "?", answer, demo=demo)
+    assert verify(example, demo) and data.demonstration(example, False, random.Random(0)) == demo
+    for seed in range(9):
+        text = data.demonstration(example, True, random.Random(seed))
+        assert re.fullmatch(wrong, text) and not verify(example, text)
 
 
 def test_documents_teach_answers_first_and_then_every_grade_with_and_without_a_demonstration():
