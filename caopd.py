@@ -414,7 +414,7 @@ def backward_in_chunks(losses_of: Callable[[slice, Tensor], Tensor], hidden: Ten
     losses_of: (rows, their hidden states) -> their losses.
     """
     losses, gradients = [], []
-    # One chunk even of no rows: all ranks take part in each pass through a sharded model's head.
+    # One chunk even of no rows: the head then has a gradient on every rank, and the ranks sum them.
     for start in range(0, max(1, len(hidden)), chunk):
         rows = slice(start, start + chunk)
         h = hidden[rows].detach().requires_grad_()  # The chunk's own gradient stops here.

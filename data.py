@@ -231,13 +231,15 @@ STYLE = r"\\(?:text|textbf|mathbf|mathrm)\{"
 OPTION = r"(?:option\b[\s(*]*)?"
 A_LETTER = (rf"(?:[\s:(\[*$\"'`]|\\\(|\\boxed\{{|{STYLE})*{OPTION}"
             r"(?!(?-i:a|I)[ \t]+\w)([A-Z])\b(?![-'’]\w)"
-            r"(?![)*]*[ \t]+(?:or|and)[ \t]+[(*]*(?-i:[A-HJ-Z])\b)")  # and not two of them
+            # "B or C" is none, and "B and C is wrong" is B.
+            r"(?![)*]*[ \t]+(?:or|and)[ \t]+[(*]*(?-i:[A-HJ-Z])\b"
+            r"(?![)*]*[ \t]+(?:is|was|are|has|does)\b))")
 # "B. NaCl", "B. O=C1CC1" and "B. A salt", and nothing that names another letter, "B. or C".
 ANOTHER = r"(?-i:(?:(?<!\S)|(?<=\s[(\[]))(?!A[ \t]+[a-z])[A-Z](?![^\s.,;:)\]!?<]))"
-ITS_WORDS = rf"[.):]+[ \t]+(?:(?!{ANOTHER})[^<\n])*"
+ITS_WORDS = rf"[.):]+[ \t](?:(?!{ANOTHER})[^<\n])*"
 CHOICES = (
     # A confidence within the tag takes its end along.
-    re.compile(rf"<answer>[^\w<]*{OPTION}([A-Z])(?:[^\w<]*|{ITS_WORDS}\s*)(?:</answer>|$)",
+    re.compile(rf"<answer>[^\w<]*{OPTION}([A-Z])(?:[^\w<]*|{ITS_WORDS}(?:\n\s*)?)(?:</answer>|$)",
                re.IGNORECASE),
     # "Answer: X" and "the answer is (X)", and not the article of "the answer is a hard one".
     re.compile(r"\banswer\b(?:[ \t]+choice)?[\s*]*"
@@ -245,10 +247,11 @@ CHOICES = (
     re.compile(r"\banswer\b" + A_LETTER, re.IGNORECASE),
     re.compile(r"\b(?:correct|right|best) (?:option|choice)\b[ \t*]*(?:is\b|:)" + A_LETTER,
                re.IGNORECASE),
-    # "Option B is right", or "B is right" at the start of a sentence: "vitamin C is right" is none.
-    re.compile(r"(?:\boption[ \t]+|(?:^|[.!?\n])[ \t]*)[(*]*([A-Z])\b[)*]*[ \t]+is[ \t]+"
-               r"(?:the[ \t]+)?(?:correct|right|best)\b", re.IGNORECASE),
     re.compile(rf"\\boxed\{{(?:{STYLE})?\(?([A-Z])\)?\}}"),
+    # "So option B is right", where a sentence starts: "neither A nor option B is right" names none.
+    re.compile(r"(?:^|[.!?\n])[ \t]*(?:(?:so|thus|hence|therefore),?[ \t]+)?(?:option[ \t]+)?"
+               r"[(*]*([A-Z])\b[)*]*[ \t]+is[ \t]+(?:the[ \t]+)?(?:correct|right|best)\b"
+               r"(?![-'’]\w)", re.IGNORECASE),
     re.compile(rf"^\W*([A-Z])(?:\W*|{ITS_WORDS})$", re.IGNORECASE))  # the letter is all there is
 
 
@@ -846,8 +849,9 @@ class Document:
 def demonstration(example: Example, wrong: bool, rng: random.Random) -> str:
     """Returns the example's own demonstration, or that of a wrong answer.
 
-    The wrong answer takes the last place of the right one in a worked demonstration, so that it
-    cannot be told from its length. It stands alone where that leaves the demonstration right.
+    In a worked demonstration the wrong answer takes the last place of the right one, so that it
+    cannot be told from its length. Where the right one is not written as `demonstrate` writes it,
+    the wrong one stands alone.
     """
     if not wrong:
         return example.demo

@@ -14,7 +14,7 @@ import types
 import typing
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO
@@ -60,7 +60,8 @@ def replacing(path: Path) -> Iterator[Path]:
         unfinished = Path(directory) / path.name
         yield unfinished
         os.umask(umask := os.umask(0))
-        unfinished.chmod(0o666 & ~umask)  # safetensors writes files that others may not read
+        with suppress(OSError):  # Some file systems have no modes.
+            unfinished.chmod(0o666 & ~umask)  # safetensors writes files that others may not read.
         os.replace(unfinished, path)
 
 

@@ -64,7 +64,7 @@ def run(args: Args) -> dict:
 
     with claimed(out) if ranks.first() else nullcontext():
         figures, missing = still_to_do()  # Another command may have ended there in the meantime.
-        if again:
+        if again and not missing:
             figures, missing = forget(names, figures, out), names
         if missing:
             write_results(out, figures, identity, began)

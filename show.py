@@ -139,12 +139,13 @@ def typed_lines() -> Iterator[list[str]]:
         print("One question a line; an empty line ends.")
     try:
         for line in sys.stdin:
+            line.encode()  # Some locales let bytes through that are no text.
             if line.strip():
                 yield [line]
             elif typed:
                 return
-    except UnicodeDecodeError as error:
-        raise BadInput(f"--ask: standard input is not {error.encoding} text") from None
+    except UnicodeError:
+        raise BadInput("--ask: standard input is not text in UTF-8") from None
 
 
 def ask(texts: list[str], sources: dict[str, Path], tokenizer: Tokenizer, config: Config,

@@ -263,6 +263,10 @@ CALL = [{"Action": "search", "Action_Input": '{"q": "x", "n": 2}'}]
     ("mcq", "B", "<answer>Option B</answer>", True), ("mcq", "B", "Neither is. (B) is right", True),
     ("mcq", "B", "<answer>\nB\nConfidence: 0.90\n</answer>", True),
     ("mcq", "B", "Answer: B or C", False), ("mcq", "B", "Answer: **B** and **C**", False),
+    ("mcq", "C", "I doubt that option B is correct, so \\boxed{C}", True),
+    ("mcq", "B", "Neither option A nor option B is correct.", False),
+    ("mcq", "D", "B is the best-known solvent.\nSo: \\boxed{D}", True),
+    ("mcq", "B", "The answer is B and C is wrong.", True),
     ("mcq", "B", "Answer: B and I am sure", True), ("mcq", "B", "Answer: B, not C", True),
     ("tool", CALL, 'Action: search\nAction Input: {"n": 2, "q": "x"}', True),
     ("tool", CALL, 'Thought: so\nAction: search\nAction_Input: {"q":"x","n":2} end', True),
@@ -339,7 +343,9 @@ def test_calls_are_found_where_one_expression_finds_them():
     ("answer is", " ", "."), ("<answer>", " "), ("", "confidence:"), ("", ",1"),
     ("answer is", "option ", "."), ("<answer>B. ", "x"), ("", "\\boxed{", "1"), ("B. ", "x", "\n"),
     ("", "confidence level", " "), ("answer", "\\boxed{", "."), ("<answer>", "*"),
-    ("", "option:"), ("", "*\n"), ("Action: x\n", "*\n"), ("", "the best option is ")])
+    ("", "option:"), ("", "*\n"), ("Action: x\n", "*\n"), ("", "the best option is "),
+    ("<answer>B.", " ", "<b>"), ("B.", " ", "\nx"), ("", "B is "), ("so", " ", "B"),
+    ("answer: B", " ", "or")])
 def test_answers_are_extracted_in_linear_time(repeated):
     """With time in the square of the length, let alone the cube, this would not end."""
     start, *units = repeated

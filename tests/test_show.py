@@ -173,9 +173,11 @@ def test_models_are_asked_side_by_side(out, capsys, monkeypatch):
     piped = printed(capsys, *flags)
     assert piped.startswith(printed(capsys, *flags, "3+4")) and "12*34=408" in piped
     assert "5+5=10" in piped  # a pipe is read to its end, and a terminal to an empty line
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"3+4\n\xff\n"), "utf-8"))
-    assert caopd.main([str(flag) for flag in flags]) == 2
-    assert "--ask: standard input is not utf-8 text" in capsys.readouterr().err
+    for errors in ("strict", "surrogateescape"):
+        broken = io.TextIOWrapper(io.BytesIO(b"3+4\n\xff\n"), "utf-8", errors)
+        monkeypatch.setattr("sys.stdin", broken)
+        assert caopd.main([str(flag) for flag in flags]) == 2
+        assert "--ask: standard input is not text in UTF-8" in capsys.readouterr().err
     terminal = io.StringIO(lines)
     terminal.isatty = lambda: True
     monkeypatch.setattr("sys.stdin", terminal)
