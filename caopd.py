@@ -81,6 +81,9 @@ class Group:
     reference: str = ""  # the teacher's own completion, for self-consistency
 
 
+SAMPLED = 4  # times as many tokens at once as in training, since no gradient needs them
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How completions are sampled."""
@@ -88,7 +91,7 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
-    micro_tokens: int = 16384  # computed at once in training; sampling takes SAMPLED times as many
+    micro_tokens: int = 16384  # computed at once in training, and SAMPLED times as many here
 
 
 def rollout(student: Transformer, tokenizer: Tokenizer, examples: list[Example], wording: Wording,
@@ -375,7 +378,7 @@ def accumulate_gradient(student: Transformer, teacher: Transformer | None, targe
             teacher_hidden = hidden_states(teacher, shared, counted)  # [M', D]
     shared = SharedPrefix([t.prompt for t in targets], completions, device)
     hidden = hidden_states(student, shared, counted)  # [M', D]
-    tokens = shared.targets[counted]  # [M']
+    tokens = shared.tokens[counted]  # [M']
     copied = torch.zeros_like(is_answer)  # [M']
 
     def losses_of(rows: slice, hidden: Tensor) -> Tensor:
@@ -702,9 +705,6 @@ def pick_samples(groups: list[Group], step: int) -> list[dict]:
 
 # --------------------------------------------------------------------- batches that fit into memory
 
-SAMPLED = 4  # Sampling stores nothing for a gradient, and takes 4 times --micro-tokens at once.
-
-
 def micro_batches(costs: list[int], budget: int) -> list[list[int]]:
     """Cuts items, in order, into runs of indices that cost at most `budget` (or hold one item)."""
     batches, room = [], -1
@@ -825,7 +825,7 @@ def supervised_gradient(model: Transformer, prompts: list[list[int]], completion
                           model.device)
     learned = sum(map(len, completions))  # M
     hidden = model.hidden(shared.input_ids, shared.positions, shared)
-    tokens = shared.targets[:learned]
+    tokens = shared.tokens[:learned]  # [M]
 
     def losses_of(rows: slice, hidden: Tensor) -> Tensor:
         return target_cross_entropy(model.logits(hidden), None, tokens[rows])
@@ -972,7 +972,7 @@ class ConfidenceTree:
     In the toy `start` is `⏎Confidence: `, the branch of 0.53 is (`0.5`, `3`), and its parent is
     (`0.5`,): the logits after 11 parents give the probabilities of all 101 branches.
     parents: the distinct branches without their last token, each followed by a dummy, which
-    SharedPrefix drops (it reads logits, not targets). The first token of 0.53 is scored by the
+    SharedPrefix drops, as it does every last token. The first token of 0.53 is scored by the
     logits after `start`, its second by those after the parent. rows, tokens, real [101, L]: where
     the logits of a branch's tokens stand among those of the parents; `real` is 0 for padding.
     """

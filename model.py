@@ -770,9 +770,9 @@ class SharedPrefix(Attend):
     that tests/test_model.py compares with.
 
     prompts: B lists of ids; completions: B lists of K lists of ids, none empty.
-    input_ids, positions: int64 [T]; targets: the completion tokens in order, int64 [M];
-    predicts: the flat token that predicts each target, int64 [M]; path [N, P + C]: the flat
-    tokens whose keys a completion meets, those of its prompt and then its own.
+    input_ids, positions: int64 [T]; tokens: those of the completions in order, int64 [M];
+    predicts: the flat token that predicts each of them, int64 [M]; path [N, P + C]: the flat tokens
+    whose keys a completion meets, those of its prompt and then its own.
     """
 
     def __init__(self, prompts: list[list[int]], completions: list[list[list[int]]],
@@ -789,7 +789,7 @@ class SharedPrefix(Attend):
                     for b, start, n in zip(owner, starts, widths)]
         self.input_ids = end_to_end(prompts + inputs, device)
         self.positions = end_to_end([range(n) for n in lengths] + later, device)
-        self.targets = end_to_end(flat, device)
+        self.tokens = end_to_end(flat, device)
         self.predicts = end_to_end(predicts, device)
         self.prompts, self.branches = Packed(lengths, device), None
         if max(widths) > 0:  # Completions of a single token feed nothing back.

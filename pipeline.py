@@ -55,12 +55,12 @@ def run(args: Args) -> dict:
 
     figures, missing = still_to_do()
     again = args.overwrite and not missing
-    if not missing and not again:
-        print(f"{out} has the results of this command; --overwrite makes them again.")
-    else:
+    if missing or again:
         check_memory(config, task, tokenizer, args, device)
         if origin:
             load_model(origin, config, args, device)  # A broken one is refused before a write.
+    else:
+        print(f"{out} has the results of this command; --overwrite makes them again.")
 
     with claimed(out) if ranks.first() else nullcontext():
         figures, missing = still_to_do()  # Another command may have ended there in the meantime.

@@ -168,7 +168,7 @@ def test_a_shared_prefix_of_single_token_completions():
     model, prompts, completions = tiny(), [[1, 2], [3]], [[[5]], [[6], [7]]]
     ours, plain = shared(model, prompts, completions), separately(model, prompts, completions)
     assert torch.allclose(ours, plain, atol=1e-5) and torch.equal(ours[1], ours[2])
-    assert SharedPrefix(prompts, completions, CPU).targets.tolist() == [5, 6, 7]
+    assert SharedPrefix(prompts, completions, CPU).tokens.tolist() == [5, 6, 7]
 
 
 @pytest.mark.parametrize("stored, computing", [

@@ -120,7 +120,7 @@ def probability_of(model: Transformer, prompts: list[list[int]],
     _, mask = caopd.loss_weights(targets, 0)
     shared = SharedPrefix(prompts, [t.sequences for t in targets], model.device)
     logits = model.logits(caopd.hidden_states(model, shared, mask > 0))
-    nll = caopd.target_cross_entropy(logits, None, shared.targets[mask > 0])
+    nll = caopd.target_cross_entropy(logits, None, shared.tokens[mask > 0])
     # Each completion's segment is as long as any other's: "\nConfidence: ", tenths, a digit, end.
     return float((-nll.view(-1, 4).sum(1)).exp().mean())
 
