@@ -235,7 +235,7 @@ def test_self_consistency_compares_answers_and_not_texts(world):
 
 def test_self_consistency_compares_choices_in_any_form(world):
     group = hand_made(world[1], "Which?", "A", "<answer>\nB\n</answer>", "The answer is B.", "b",
-                      "<answer>A</answer>\nConfidence: 0.50", "answer B or A?", task="mcq")
+                      "<answer>A</answer>\nConfidence: 0.50", "Answer B, not A", task="mcq")
     group.reference = "I think so.\n<answer>B</answer>\nConfidence: 0.90"
     assert caopd.self_consistency(group) == 0.8
 
