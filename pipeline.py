@@ -68,7 +68,8 @@ def run(args: Args) -> dict:
             figures, missing = forget(names, figures, out), names
         if missing:
             write_results(out, figures, identity, began)
-            start = make_base(origin, config, tokenizer, task, args, device, out)
+            start = origin if "base" not in stages else make_model(
+                "base", origin, config, tokenizer, task, args, device, out)
         for name in missing:
             figures[name] = make_figures(name, start, config, tokenizer, task, args, device, out)
             if name in stages and ranks.first():  # any other base has its own card
@@ -109,32 +110,24 @@ def refuse_to_write_over(origin: Path, args: Args, out: Path) -> None:
                            "another --out")
 
 
-def make_base(origin: Path | None, config: Config, tokenizer: Tokenizer, task: Task, args: Args,
-              device: torch.device, out: Path) -> Path:
-    """The directory of the base model: --model itself, or what the supervised stage makes of it."""
-    if "base" not in saved_stages(args):
-        return origin
-    base = out / "base"
-    if made(base, settings(args, "base", task)):
-        print(f"Reusing the base model in {base}: it was made with the same settings.")
-        return base
-    model = load_model(origin, config, args, device)
-    supervise(model, tokenizer, task, args, out)
-    save(model, tokenizer, base)
-    return ranks.from_first(base)  # Other ranks wait until rank 0 has saved.
+def make_model(name: str, start: Path | None, config: Config, tokenizer: Tokenizer, task: Task,
+               args: Args, device: torch.device, out: Path) -> Path:
+    """The directory of a stage's model: the one that is there, or what training makes of `start`.
 
-
-def make_model(name: str, start: Path, config: Config, tokenizer: Tokenizer, task: Task, args: Args,
-               device: torch.device, out: Path) -> Path:
-    """The directory of method `name`'s model: the one that is there, or what training makes."""
-    directory = out / name
+    name: a method, or "base" for the supervised stage.
+    """
+    directory, base = out / name, name == "base"
     if made(directory, settings(args, name, task)):
-        print(f"Reusing the model in {directory}: it was made with the same settings.")
+        print(f"Reusing the {'base ' if base else ''}model in {directory}: it was made with the "
+              "same settings.")
         return directory
     model = load_model(start, config, args, device)
-    train(model, name, tokenizer, task, args, out)
+    if base:
+        supervise(model, tokenizer, task, args, out)
+    else:
+        train(model, name, tokenizer, task, args, out)
     model = model.for_inference()
-    if args.save_adapter and ranks.first():
+    if args.save_adapter and not base and ranks.first():
         origin = str(start) if "base" in saved_stages(args) else args.model
         model.save_adapter(directory / "adapter", origin)
     save(model, tokenizer, directory)

@@ -11,7 +11,6 @@ import operator
 import os
 import re
 import shutil
-import stat
 import string
 import subprocess
 import sys
@@ -1797,14 +1796,10 @@ def test_a_model_directory_is_known_by_what_is_read_from_it(real_model, tmp_path
         fingerprint(model)
 
 
-def test_what_is_saved_may_be_read_by_whoever_may_read_its_directory(small_run):
+def test_what_is_saved_has_the_permissions_of_any_new_file(small_run, tmp_path):
+    (tmp_path / "new").touch()
     modes = {path.stat().st_mode for path in small_run.glob("**/*") if path.is_file()}
-    assert {stat.S_IMODE(mode) for mode in modes} == {0o666 & ~current_umask()}
-
-
-def current_umask() -> int:
-    os.umask(umask := os.umask(0))
-    return umask
+    assert modes == {(tmp_path / "new").stat().st_mode}
 
 
 def test_a_run_from_a_model_in_its_own_out_finishes_and_goes_on(real_model, tmp_path, capsys):
