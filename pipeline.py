@@ -25,7 +25,7 @@ from caopd import (EVAL, METHODS, NOTHING, Args, eval_sampling, evaluate, saved_
 from data import Task, Tokenizer
 from files import (BadInput, claimed, fingerprint, from_json, map_leaves, parse_json, read_object,
                    read_text, to_json, write_text)
-from memory import check_memory
+from memory import check_memory, keep_freed_memory
 from model import Config, Transformer
 from questions import make_task
 from share import model_card
@@ -42,6 +42,7 @@ def run(args: Args) -> dict:
     only written over with --overwrite.
     """
     began, device, out = time.perf_counter(), pick_device(args.device), Path(args.out)
+    keep_freed_memory()
     args = replace(args, dtype=pick_dtype(args, device))
     origin, config, tokenizer, task = read_inputs(args)
     asked = [dataclasses.astuple(replace(example, where="")) for example in task.held_out]
