@@ -865,39 +865,41 @@ PAPER = {"temperature": 0.6, "top_p": 0.95}  # how the paper samples what it eva
 @torch.no_grad()
 def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], wording: Wording,
              sampling: Sampling, seed: int, samples: int = 1, oracle_samples: int = 0,
-             paper_samples: int = 0, name: str = "") -> dict:
+             paper_samples: int = 0, name: str = "") -> tuple[dict, list[dict]]:
     """Asks every example `samples` times, as in deployment.
 
-    Returns `every_readout` of the answers, with standard errors of what is stated (stderr), how
-    many questions were asked, the share of truncated answers, reliability bins, and under by_grade
-    `every_readout` of each grade. oracle_samples: how many further answers estimate μ(x), or 0.
-    paper_samples: how many answers per question are sampled as the paper samples them; their
-    metrics stand under `paper`. Ranks share the sampling; each of them computes what the model
-    thinks of all answers.
+    Returns (figures, `answer_rows`). The figures are `every_readout` of the answers, with standard
+    errors of what is stated (stderr), how many questions were asked, the share of truncated
+    answers, reliability bins, and under by_grade `every_readout` of each grade. oracle_samples: how
+    many further answers estimate μ(x), or 0. paper_samples: how many answers per question are
+    sampled as the paper samples them; their metrics stand under `paper`. Ranks share the sampling;
+    each of them computes what the model thinks of all answers.
     """
     model = model.for_inference()
-    generator = seeded(seed, "evaluation", 1, model.device)
-    groups = ask(model, tokenizer, examples, wording, samples, sampling, generator,
-                 f"{name}, evaluation")
+
+    def sample(purpose: str, number: int, sampling: Sampling, samples: int, what: str):
+        return ask(model, tokenizer, examples, wording, samples, sampling,
+                   seeded(seed, purpose, number, model.device), f"{name}, {what}")
+
+    groups = sample("evaluation", 1, sampling, samples, "evaluation")
     confidence, correct = stated_and_correct(groups)
-    asked = [(example.system, example.question) for example in examples]
-    # A question may be drawn twice, and the bootstrap draws all of its answers together.
-    index = {pair: q for q, pair in enumerate(dict.fromkeys(asked))}
-    questions = [index[pair] for pair in asked]
     with finite_logits(f"{name}, evaluation", tokenizer):
         likelihoods, p = score_answers(model, tokenizer, groups, sampling.micro_tokens)
     mu = None
     if oracle_samples:
         # oracle_samples, which is never 1, is part of the seed: other draws than those above.
-        generator = seeded(seed, "evaluation", oracle_samples, model.device)
-        others = ask(model, tokenizer, examples, wording, oracle_samples, sampling, generator,
-                     f"{name}, to estimate μ(x)")
+        others = sample("evaluation", oracle_samples, sampling, oracle_samples,
+                        "to estimate μ(x)")
         mu = np.repeat([mu_hat(group) for group in others], samples)
 
     def figures_of(rows) -> dict:
         return every_readout(confidence[rows], correct[rows], p[rows], likelihoods[rows],
                              None if mu is None else mu[rows], oracle_samples)
 
+    asked = [(example.system, example.question) for example in examples]
+    # A question may be drawn twice, and the bootstrap draws all of its answers together.
+    index = {pair: q for q, pair in enumerate(dict.fromkeys(asked))}
+    questions = [index[pair] for pair in asked]
     own_grades = [str(example.grade) for example in examples]
     grades = np.repeat(own_grades, samples)
     figures = figures_of(slice(None)) | {
@@ -908,14 +910,24 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
         "by_grade": {grade: figures_of(grades == grade)
                      for grade in dict.fromkeys(grades.tolist())}}
     if paper_samples:
-        generator, sampling = seeded(seed, "paper", 1, model.device), replace(sampling, **PAPER)
-        groups = ask(model, tokenizer, examples, wording, paper_samples, sampling, generator,
-                     f"{name}, sampled as in the paper")
-        answers = stated_and_correct(groups)
+        answers = stated_and_correct(sample("paper", 1, replace(sampling, **PAPER), paper_samples,
+                                            "sampled as in the paper"))
         figures["paper"] = calibration(*answers) | {
             "stderr": bootstrap(*answers, *(np.repeat(each, paper_samples)
                                             for each in (questions, own_grades)))}
-    return figures
+    return figures, answer_rows(groups, likelihoods, p)
+
+
+def answer_rows(groups: list[Group], likelihoods: np.ndarray, p: np.ndarray) -> list[dict]:
+    """Rows of answers/NAME.jsonl: each answer, what it states, and what the model thinks of it.
+
+    likelihoods [N], p [N, 101]: what `score_answers` returns. `expected` is the mean of p.
+    """
+    rollouts = [(group.example, rollout) for group in groups for rollout in group.rollouts]
+    return [{"question": example.question, "grade": example.grade, "text": rollout.text,
+             "truncated": rollout.truncated, "correct": rollout.correct,
+             "confidence": rollout.confidence, "expected": float(mean), "likelihood": float(own)}
+            for (example, rollout), mean, own in zip(rollouts, p @ VALUES, likelihoods)]
 
 
 def score_answers(model: Transformer, tokenizer: Tokenizer, groups: list[Group],

@@ -140,7 +140,8 @@ def make_figures(name: str, start: Path, config: Config, tokenizer: Tokenizer, t
     """Trains method `name` from the base model in `start`, unless its model is there, and asks it.
 
     name: a method, or "base" for the base model itself. It is asked as it was saved, so that the
-    figures are those of the model in --out: adapters are merged, and weights are in --dtype.
+    figures are those of the model in --out: adapters are merged, and weights are in --dtype. Its
+    answers are kept in answers/NAME.jsonl.
     """
     source = start
     if name != "base":
@@ -149,9 +150,13 @@ def make_figures(name: str, start: Path, config: Config, tokenizer: Tokenizer, t
     model = load_model(source, config, args, device)
     if name == "base":
         print(introduction(model, task, args))
-    return {"seconds": training_seconds(out, name)} | evaluate(
-        model, tokenizer, task.held_out, task.wording, eval_sampling(args), args.seed,
-        args.eval_samples, args.oracle, args.paper_samples, name)
+    figures, answers = evaluate(model, tokenizer, task.held_out, task.wording, eval_sampling(args),
+                                args.seed, args.eval_samples, args.oracle, args.paper_samples, name)
+    if ranks.first():
+        (out / "answers").mkdir(exist_ok=True)
+        write_text(out / "answers" / f"{name}.jsonl",
+                   "".join(to_json(row) + "\n" for row in answers))
+    return {"seconds": training_seconds(out, name)} | figures
 
 
 def introduction(model: Transformer, task: Task, args: Args) -> str:

@@ -238,9 +238,9 @@ def tested(out: Path, seed: int, name: str, sides: tuple[str, ...]) -> dict[str,
         model, figures = Transformer.from_pretrained(trained(out, seed, name, sides)), {}
         for side, grades in SIDES.items():
             task = data.arithmetic_task(seed, 1000, words=False, eval_grades=grades)
-            figures[side] = caopd.evaluate(model, data.toy_tokenizer(), task.held_out, task.wording,
-                                           caopd.eval_sampling(caopd.parse_args([])), seed,
-                                           name=name)
+            figures[side], _ = caopd.evaluate(
+                model, data.toy_tokenizer(), task.held_out, task.wording,
+                caopd.eval_sampling(caopd.parse_args([])), seed, name=name)
         write_text(kept, to_json(figures))
     return json.loads(kept.read_text())
 

@@ -1101,8 +1101,8 @@ def test_readouts_are_of_what_the_model_would_state(small_run, monkeypatch):
         seen.append((groups, real(network, tokenizer, groups, tokens_at_once)))
         return seen[-1][1]
     monkeypatch.setattr(caopd, "score_answers", record)
-    figures = caopd.evaluate(base, tokenizer, task.held_out, task.wording, Sampling(16), 0,
-                             samples=3)
+    figures, answers = caopd.evaluate(base, tokenizer, task.held_out, task.wording, Sampling(16), 0,
+                                      samples=3)
     (groups, (likelihoods, p)), = seen
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     correct = [int(rollout.correct) for rollout in rollouts]
@@ -1118,6 +1118,10 @@ def test_readouts_are_of_what_the_model_would_state(small_run, monkeypatch):
     assert readouts["expected"] == pytest.approx(brute_force(mean, correct))
     assert readouts["likelihood"] == pytest.approx(brute_force(likelihoods.tolist(), correct))
     assert sum(row["count"] for row in figures["reliability"]) == round(120 * stated["format"])
+    assert [(row["text"], row["correct"], row["confidence"]) for row in answers] == [
+        (rollout.text, rollout.correct, rollout.confidence) for rollout in rollouts]
+    assert [row["expected"] for row in answers] == pytest.approx(mean)
+    assert [row["likelihood"] for row in answers] == likelihoods.tolist()
 
 
 def test_the_papers_way_and_the_oracle_sample_as_they_say(world, monkeypatch):
@@ -1128,11 +1132,11 @@ def test_the_papers_way_and_the_oracle_sample_as_they_say(world, monkeypatch):
         asked.append((samples, sampling.temperature, sampling.top_p, len(examples)))
         return real(network, tokenizer, examples, wording, samples, sampling, generator)
     monkeypatch.setattr(caopd, "rollout", record)
-    figures = caopd.evaluate(student, tokenizer, task.held_out, task.wording,
-                             Sampling(16, 0.9, 0.8), 0, 2, 4, 3)
+    figures, _ = caopd.evaluate(student, tokenizer, task.held_out, task.wording,
+                                Sampling(16, 0.9, 0.8), 0, 2, 4, 3)
     assert asked == [(2, 0.9, 0.8, 24), (4, 0.9, 0.8, 24), (3, 0.6, 0.95, 24)]
-    plain = caopd.evaluate(student, tokenizer, task.held_out, task.wording, Sampling(16, 0.9, 0.8),
-                           0, 2)
+    plain, _ = caopd.evaluate(student, tokenizer, task.held_out, task.wording,
+                              Sampling(16, 0.9, 0.8), 0, 2)
     assert figures.keys() - plain.keys() == {"oracle", "paper"}
     for its in figures["by_grade"].values():
         assert its.pop("oracle").keys() >= set(FIGURES)
@@ -1183,6 +1187,21 @@ def test_the_methods_share_their_base_and_their_first_rollouts(small_run):
     assert by_name["caopd"]["loss_answer"] != direct == by_name["caopd-direct-loo"]["loss_answer"]
     assert by_name["caopd"]["loss_confidence"] == by_name["caopd-vopd"]["loss_confidence"]
     assert by_name["caopd"]["loss_confidence"] != by_name["caopd-direct"]["loss_confidence"]
+
+
+def test_answers_to_held_out_questions_are_kept(small_run):
+    """With them every figure of what is stated can be computed again."""
+    results = json.loads((small_run / "results.json").read_text())
+    for name in ("base", *METHODS):
+        lines = (small_run / "answers" / f"{name}.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        stated = calibration([math.nan if row["confidence"] is None else row["confidence"]
+                              for row in rows], [row["correct"] for row in rows])
+        assert stated == pytest.approx({key: results[name][key] for key in FIGURES}, nan_ok=True)
+        assert {row["grade"] for row in rows} == results[name]["by_grade"].keys()
+        for row in rows:
+            example = data.typed_question(row["question"], words=False)
+            assert row["correct"] == (not row["truncated"] and data.verify(example, row["text"]))
 
 
 def test_samples_are_kept_from_every_place_of_the_batch(small_run):
@@ -1994,10 +2013,10 @@ def watch(monkeypatch, maker: str) -> tuple[list, list]:
 
     def watch_evaluation(network, tokenizer, examples, *rest, **named):
         assert set(rolled_out) <= set(trained)  # so far by training
-        figures = evaluate(network, tokenizer, examples, *rest, **named)
+        result = evaluate(network, tokenizer, examples, *rest, **named)
         asked.extend(example.question for example in examples)
         rolled_out.clear()
-        return figures
+        return result
     rolled_out = []
     monkeypatch.setattr(data, maker, make_and_watch)
     monkeypatch.setattr(caopd, "rollout", watch_rollout)

@@ -175,8 +175,8 @@ def everything(student: Transformer, teacher_device: str) -> dict:
                                        caopd.target_cross_entropy, skip_tokens=0, scale=0.1)
     norm = optimizer.step(0, 1e-2, caopd.seeded(0, "rounding", 0, student.device))
     caopd.ema_update(teacher, student, 0.5, caopd.seeded(0, "ema", 0, student.device))
-    figures = caopd.evaluate(student, tokenizer, task.held_out, task.wording, sampling, seed=0,
-                             samples=2, oracle_samples=2, paper_samples=2)
+    figures, _ = caopd.evaluate(student, tokenizer, task.held_out, task.wording, sampling, seed=0,
+                                samples=2, oracle_samples=2, paper_samples=2)
     weights = [weight.cpu().float() for weight in (*student.parameters(), *teacher.parameters())]
     return {"rollouts": [rollout.ids for group in groups for rollout in group.rollouts],
             "losses": losses, "norm": norm, "weights": torch.cat([w.flatten() for w in weights]),

@@ -121,7 +121,7 @@ def assert_same_tensors(found: Path, expected: Path, tolerance: float = 2e-6) ->
 @pytest.mark.parametrize("name, processes", [its for its in COMPARED if its[0] not in ROUNDED])
 def test_several_processes_do_what_one_does(outcomes, name, processes):
     alone, together = outcomes[name, 1], outcomes[name, processes]
-    for file in ("metrics.jsonl", "results.json", "samples.jsonl"):
+    for file in ("metrics.jsonl", "results.json", "samples.jsonl", "answers/base.jsonl"):
         assert_close(read(together / file), read(alone / file), 2e-5)
     files = sorted(path.relative_to(alone) for path in alone.glob("*/**/*.safetensors"))
     assert files and files == sorted(
