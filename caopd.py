@@ -81,7 +81,7 @@ class Group:
     reference: str = ""  # the teacher's own completion, for self-consistency
 
 
-SAMPLED = 4  # times as many tokens at once as in training, since no gradient needs them
+SAMPLED = 4  # Sampling holds so many times the tokens of training at once: it has no gradient.
 
 
 @dataclass(frozen=True)
@@ -502,7 +502,7 @@ def calibrated_correctness(rollout: Rollout) -> float:
 
 def group_advantages(group: Group, reward: Callable[[Rollout], float] | None,
                      standardize: bool) -> list[float]:
-    """A_k = r_k − mean(r), divided by the standard deviation of r if `standardize` (first GRPO).
+    """A_k = r_k − mean(r), divided by the standard deviation of r if `standardize`.
 
     Zeros for a method without a reward.
     """
@@ -603,7 +603,7 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
     should_copy = asked_to_copy(method, confidence_loss, places, task.wording)
 
     for step in stage.steps(args.steps):
-        sampler = seeded(args.seed, "rollout", step, student.device)
+        generator = seeded(args.seed, "rollout", step, student.device)
 
         # 1. Rollout: K completions y_k = (a_k, c_k) of each prompt x, verified by R(x, a_k). The
         #    prompts depend on seed and step alone. Each rank samples for its share of them, and
@@ -611,9 +611,9 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         examples = ranks.share(task.draw(args.prompts, "distill", step))
         with finite_logits(f"{name}, step {step}", tokenizer):
             groups = rollout(student, tokenizer, examples, task.wording, args.rollouts, sampling,
-                             sampler)
+                             generator)
             if method.reference:
-                add_references(groups, teacher, tokenizer, task.wording, sampling, sampler)
+                add_references(groups, teacher, tokenizer, task.wording, sampling, generator)
         groups = ranks.gather(groups)
 
         # 2. Empirical confidence: mu_hat(x) = (1/K) sum_k R(x, a_k), or the method's own estimate.
@@ -1115,8 +1115,8 @@ class Args:
 
     eval_questions: int = flag(EVAL, NOTHING, 1200, "ask N held-out questions: of a file "
                                "the first N; generated ones can come twice", real=500)
-    eval_temperature: float = flag(EVAL, NOTHING, 1.0, "sampling temperature; 1 is where mu_hat is "
-                                   "measured")
+    eval_temperature: float = flag(EVAL, NOTHING, 1.0, "sampling temperature: mu_hat is what is "
+                                   "right at --temperature, and other ones do not fit it")
     eval_top_p: float = flag(EVAL, NOTHING, 1.0, "nucleus sampling")
     eval_samples: int = flag(EVAL, NOTHING, 4, "answers per question", real=1)
     paper_samples: int = flag(EVAL, NOTHING, 2, "answers per question, sampled as the paper "
@@ -1260,8 +1260,12 @@ def check_together(args: Args) -> None:
             method.confidence_loss is target_cross_entropy for method in methods):
         raise BadInput(f"--replace {args.replace}: {args.method} learns the replaced tokens of the "
                        "completion, and has none without `completion`")
-    if args.save_adapter and not args.lora_rank:
-        raise BadInput("--save-adapter: only --lora-rank N makes an adapter")
+    if not args.model and args.replace == "instruction" and not data.SYMBOLS.report:
+        raise BadInput("--replace instruction: the embedded world's teacher has no instruction, so "
+                       "that nothing would be replaced")
+    for name in ("save_adapter", "lora_alpha"):
+        if getattr(args, name) and not args.lora_rank:
+            raise BadInput(f"--{name.replace('_', '-')}: only --lora-rank N makes an adapter")
     if args.lora_rank and args.teacher_device == "cpu":
         raise BadInput("--teacher-device cpu: with --lora-rank the teacher is the student's own "
                        "model with adapters of its own, and takes next to no memory")
@@ -1270,8 +1274,8 @@ def check_together(args: Args) -> None:
     if (args.train or args.eval) and not args.model:
         raise BadInput("--train and --eval need --model: the embedded world's tiny tokenizer "
                        "knows nothing but arithmetic")
-    graded = args.task == "arithmetic" or bool(args.train) or args.ask is not None
-    if bool(args.train) != bool(args.eval) or not graded:
+    has_questions = args.task == "arithmetic" or bool(args.train) or args.ask is not None
+    if bool(args.train) != bool(args.eval) or not has_questions:
         raise BadInput(f"--task {args.task} needs both --train FILE.jsonl and --eval FILE.jsonl, "
                        "or a share such as --eval 0.1")
     if ranks.size() > 1 and (args.ask is not None or args.explain is not None):

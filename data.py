@@ -194,6 +194,7 @@ EXPONENT = re.compile(r"(?<=[A-Za-z}])\^(?:\d+|\{\d+\})")  # of a unit, such as 
 # Thousands are separated by a comma, by LaTeX's {,} or \, or by a no-break space.
 THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|\\,|[\u00a0\u202f])(?=\d{3}(?!\d))")
 FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+POWER = re.compile(r"(?<=\d)(?:\^\{?|[eE])[-+−]?(\d+)\}?")  # of a number: 10^3, 10^{3}, 3.2e3
 # A minus, unless it stands behind a digit, a currency, and digits with what joins them.
 WRITTEN_NUMBER = re.compile(r"((?<!\d)[-−])?(?:\\?[$€£])?((?:(?<!\.)\.)?\d(?:[\d.,/]*\d)?)")
 
@@ -206,11 +207,13 @@ def without_commas(text: str) -> str:
 def last_number(text: str) -> str | None:
     """Finds the last number, as digits: that of "$1,046.00" is 1046. One in a box goes first.
 
-    Returns None where there is none, or where it is not whole, such as 0.5, 0,5 or 1/2.
+    Returns None where there is none, or where it is not whole, such as 0.5, 0,5 or 1/2, or written
+    with a power, such as 10^3 or 3.2e3.
     """
     if boxes := [box for box in BOXED.findall(text) if re.search(r"\d", box)]:
         text = boxes[-1]
     text = EXPONENT.sub("", FRACTION.sub(r"\1/\2", without_commas(text)))
+    text = POWER.sub(r"/\1", text)  # so that it is read as one number, and not as a whole one
     numbers = WRITTEN_NUMBER.findall(text)
     sign, digits = numbers[-1] if numbers else ("", "")
     whole = re.fullmatch(r"(\d+)(?:\.0+)?", digits)

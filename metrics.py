@@ -1,4 +1,4 @@
-"""What a stated confidence is worth: the metrics of section 5, their errors, and the yardsticks.
+"""What a stated confidence is worth: the paper's metrics, their errors, and yardsticks.
 
 All of it is computed from arrays, without a model, which caopd.py asks. The last section is how
 figures are written.
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def calibration(confidence, correct, bins: int = 10) -> dict:
-    """The metrics of section 5: how often the model is right, and what its confidence is worth.
+    """The metrics of the paper's section 5: how often a model is right, and what it says of that.
 
     confidence: [N] floats in [0, 1]; NaN where no confidence could be parsed.
     correct: [N] booleans or 0/1.
@@ -97,7 +97,7 @@ def every_readout(confidence: np.ndarray, correct: np.ndarray, p: np.ndarray,
                   likelihood: np.ndarray, mu: np.ndarray | None = None, samples: int = 0) -> dict:
     """The metrics of the confidence as it was stated, and the same under `readouts` for each of
 
-        stated      the confidence that was sampled, as a user reads it
+        stated      the confidence that was sampled, as a user reads it, where there is one
         greedy      the likeliest one of VALUES after the sampled answer
         expected    their mean, by the model's own probabilities
         likelihood  the probability of the answer itself, whatever is stated

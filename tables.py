@@ -7,7 +7,8 @@ from caopd import METHODS, PAPER, Args, saved_stages, title
 from metrics import COLUMNS, number
 
 LEGEND = (
-    "How to read it. ±: one standard error, over questions. OCG: mean confidence − accuracy. "
+    "How to read it. ±: one standard error, over questions. OCG: mean confidence − accuracy, and "
+    "like ECE, Brier and SPR of the answers that state a confidence. "
     "stated: the confidence as it was written; greedy and expected: the likeliest one and the "
     "mean, of the model's own distribution after its answer. likelihood: the probability that "
     "the model gives to the answer itself, whatever it states (next to nothing for a long one). "

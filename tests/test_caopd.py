@@ -2313,7 +2313,9 @@ def test_adapters_are_all_that_is_held_beside_the_model():
     (["--eval-questions", str(10 ** 9)], "--eval-questions 1000000000: it should be between 1 and"),
     (["--device", "cpu:1"], "--device cpu:1"), (["--lr", "1e30"], "--lr 1e+30"),
     (["--temperature", "1e-40"], "--temperature 1e-40: it should be at least 0.001"),
-    (["--eval-temperature", "1e-9"], "--eval-temperature 1e-09")])
+    (["--eval-temperature", "1e-9"], "--eval-temperature 1e-09"),
+    (["--lora-alpha", "16"], "--lora-alpha: only --lora-rank N"),
+    (["--method", "caopd", "--replace", "instruction"], "teacher has no instruction")])
 def test_a_bad_request_is_one_sentence_and_exit_code_2(tmp_path, capsys, flags, words):
     assert caopd.main([*TINY, "--out", str(tmp_path / "out"), *flags]) == 2
     error = capsys.readouterr().err

@@ -219,9 +219,11 @@ CALL = [{"Action": "search", "Action_Input": '{"q": "x", "n": 2}'}]
     ("arithmetic", "46", "46\nConfidence level: 0.85", True),
     ("arithmetic", "46", "46\n**Confidence Score:** 0.85", True),
     ("arithmetic", "46", "46 cm^2", True), ("arithmetic", "46", r"46, as \boxed{}", True),
+    ("arithmetic", "3", "3.2e3", False), ("arithmetic", "3", r"$1 \times 10^{3}$", False),
+    ("arithmetic", "46", "6^2 + 10 = 46", True), ("arithmetic", "2", r"\boxed{10^2}", False),
     ("arithmetic", "46", r"46 \boxed{m²}", True),
     ("arithmetic", "46", "First \\boxed{12}. So 46.", False),  # a box is the answer
-    ("arithmetic", "46", r"\boxed{46}\text{ m}^{2}", True), ("arithmetic", "10", "2^10", True),
+    ("arithmetic", "46", r"\boxed{46}\text{ m}^{2}", True), ("arithmetic", "10", "2^10", False),
     ("arithmetic", "46", "\\boxed{46}\n\nThis took 3 steps.", True),
     ("arithmetic", "46", r"\boxed{45} no, \boxed{46}", True),
     ("arithmetic", "123456", "12,3456", False), ("arithmetic", "1234567", "1,234,567.00", True),
