@@ -215,7 +215,8 @@ def make_targets(group: Group, confidence: float | list[float] | None, advantage
     instructed = told if "instruction" in places else None
     targets = []
     for demo, readers in demonstrations(group, context, shown, tokenizer):
-        messages = data.teacher_messages(group.example, wording, demo, report=instructed)
+        messages = data.teacher_messages(group.example, wording, demo, instructed,
+                                         solution=context == "solution")
         targets.append(Target(group.prompt, tokenizer.chat(messages),
                               Counter(completions[k] for k in readers)))
     return targets

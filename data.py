@@ -367,14 +367,16 @@ class Wording:
     """The words around a question. Prompts are written from fields, never by editing a prompt.
 
     instruction: what the student is asked to add to its answer.
-    context: how the teacher is shown a demonstration, which takes the place of {demo}.
+    demonstration, solution: how the teacher is shown a demonstration, or another rollout that was
+        right, which takes the place of {demo}.
     report: how CaOPD's teacher is told which value to state (Algorithm 1, step 3). The value takes
         the place of {confidence}.
     closing: how the teacher is asked to respond.
     """
 
     instruction: str
-    context: str
+    demonstration: str
+    solution: str
     report: str
     closing: str
 
@@ -382,11 +384,12 @@ class Wording:
 WORDS = Wording(
     instruction='\nEnd with a line "Confidence: X", X from 0.00 to 1.00: '
                 "how likely your answer is correct.",
-    context="\n\nA response could look like this:\n{demo}",
+    demonstration="\n\nA response could look like this:\n{demo}",
+    solution="\n\nThis is a correct solution:\n{demo}",
     report="\nThe measured success rate on this question is {confidence}: "
            "state exactly this confidence.",
     closing="\n\nNow respond yourself.")
-SYMBOLS = Wording("", context="\n{demo}", report="", closing="")  # the embedded world has no words
+SYMBOLS = Wording("", "\n{demo}", "\n{demo}", "", "")  # The embedded world has no words.
 
 
 def student_messages(example: Example, wording: Wording) -> list[dict]:
@@ -395,16 +398,18 @@ def student_messages(example: Example, wording: Wording) -> list[dict]:
     return [*system, {"role": "user", "content": example.question + wording.instruction}]
 
 
-def teacher_messages(
-        example: Example, wording: Wording, demo: str, report: float | None = None) -> list[dict]:
+def teacher_messages(example: Example, wording: Wording, demo: str, report: float | None = None,
+                     solution: bool = False) -> list[dict]:
     """Returns (x, z) as chat messages: the student's, followed by the privileged context z.
 
     demo: the text of a completion to show, with its confidence segment.
     report: the value that the teacher is told to state, which turns z into z̃. None tells it none.
+    solution: whether demo is a rollout of the student that was right, and no demonstration.
     """
     *system, user = student_messages(example, wording)
     told = "" if report is None else wording.report.format(confidence=f"{report:.2f}")
-    context = wording.context.format(demo=demo) + told + wording.closing
+    shown = (wording.solution if solution else wording.demonstration).format(demo=demo)
+    context = shown + told + wording.closing
     return [*system, {"role": "user", "content": user["content"] + context}]
 
 

@@ -90,5 +90,5 @@ def teacher_length(example: Example, tokenizer: Tokenizer, wording: Wording, arg
     """
     solution = args.context == "solution"
     demo = data.with_confidence("" if solution else example.demo, 1.0)
-    prompt = tokenizer.chat(data.teacher_messages(example, wording, demo, report=1.0))
+    prompt = tokenizer.chat(data.teacher_messages(example, wording, demo, 1.0, solution))
     return len(prompt) + args.max_new_tokens * solution

@@ -339,6 +339,10 @@ def test_the_teacher_is_told_in_words_what_to_state(real_model):
     assert report in tokenizer.decode(ours.teacher_prompt)
     assert "46\nConfidence: 1.00" in tokenizer.decode(opd.teacher_prompt)
     assert "46\nConfidence: 0.50" in tokenizer.decode(ours.teacher_prompt)
+    assert "response could look like this:\n46\n" in tokenizer.decode(ours.teacher_prompt)
+    solved, _ = make_targets(group, caopd.mu_hat(group), [0.0] * 4, tokenizer, wording, "solution")
+    assert "is a correct solution:\n46\n" in tokenizer.decode(solved.teacher_prompt)
+    assert "could look like" not in tokenizer.decode(solved.teacher_prompt)
 
 
 @pytest.mark.parametrize("replace", [
