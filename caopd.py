@@ -1038,7 +1038,8 @@ class Args:
     of ask and explain, for a flag that was not given."""
 
     method: str = flag(RUN, NOTHING, "opd,caopd,caopd-direct", "what to train from the same base, "
-                       "separated by commas: " + ", ".join(METHODS) + "; `both` is opd,caopd")
+                       "separated by commas: " + ", ".join(METHODS) + "; `both` is opd,caopd, "
+                       "`base` asks the base alone, and with --model needs no --train")
     task: str = flag(RUN, ALL, "arithmetic", "the questions and their verifier; mcq and tool need "
                      "--train and --eval", data.TASKS)
     model: str = flag(RUN, ALL, "", "a Hugging Face model directory, or a hub name; without it, "
@@ -1230,9 +1231,9 @@ def check_values(args: Args) -> None:
     require("between 0 and 1", lambda x: 0 <= x <= 1, "teacher_rate", "sft_noise", "sft_answers")
     require("a multiple of 8 (the embedded world's transformer has 4 heads)", lambda n: n % 8 == 0,
             "width")
-    require("one or several of " + ", ".join(METHODS) + ", each once, separated by commas, or both",
-            lambda text: len(set(text.split(",")) & METHODS.keys()) == text.count(",") + 1,
-            "method")
+    require("one or several of " + ", ".join(METHODS) + ", each once, separated by commas, or both, "
+            "or base", lambda text: text == "base" or (
+                len(set(text.split(",")) & METHODS.keys()) == text.count(",") + 1), "method")
     require("one or several of " + ", ".join(REPLACEMENTS) + ", separated by commas",
             lambda text: set(text.split(",")) <= set(REPLACEMENTS), "replace")
     if not isinstance(parse_json(args.template_args, "--template-args"), dict):
@@ -1244,7 +1245,7 @@ def check_values(args: Args) -> None:
 
 def check_together(args: Args) -> None:
     """Refuses flags that cannot work together."""
-    methods = [METHODS[name] for name in args.method.split(",")]
+    methods = [METHODS[name] for name in methods_of(args)]
     compared = any(m.confidence is leave_one_out or m.reward for m in methods) or (
         args.context == "solution" and any(m.teacher for m in methods))
     if compared and args.rollouts < 2:
@@ -1275,10 +1276,14 @@ def check_together(args: Args) -> None:
     if (args.train or args.eval) and not args.model:
         raise BadInput("--train and --eval need --model: the embedded world's tiny tokenizer "
                        "knows nothing but arithmetic")
-    has_questions = args.task == "arithmetic" or bool(args.train) or args.ask is not None
-    if bool(args.train) != bool(args.eval) or not has_questions:
+    has_questions = args.task == "arithmetic" or bool(args.eval) or args.ask is not None
+    needs_train = saved_stages(args) or args.split != "held-out" or held_out_share(args) is not None
+    complete = args.eval if args.train else not (args.eval and needs_train)
+    if not complete or not has_questions:
         raise BadInput(f"--task {args.task} needs both --train FILE.jsonl and --eval FILE.jsonl, "
                        "or a share such as --eval 0.1")
+    if args.explain is not None and not methods:
+        raise BadInput("--explain with --method base: name a method, whose steps it can follow")
     if ranks.size() > 1 and (args.ask is not None or args.explain is not None):
         raise BadInput("--ask and --explain need one process: leave out torchrun")
     if ranks.size() > 1 and args.teacher_device == "cpu":
@@ -1306,9 +1311,14 @@ def settings(args: Args, stage: str, task: Task) -> dict:
     return {"stage": stage, "questions": task.fingerprint} | chosen
 
 
+def methods_of(args: Args) -> list[str]:
+    """The methods to train; none for --method base."""
+    return [name for name in args.method.split(",") if name in METHODS]
+
+
 def saved_stages(args: Args) -> list[str]:
     """The stages that leave a model in --out. A --model that is not trained first is the base."""
-    return [*(["base"] if args.sft_steps or not args.model else []), *args.method.split(",")]
+    return [*(["base"] if args.sft_steps or not args.model else []), *methods_of(args)]
 
 
 def rollout_sampling(args: Args) -> Sampling:

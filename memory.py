@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 import ranks
-from caopd import LOGITS_AT_ONCE, METHODS, SAMPLED, Args
+from caopd import LOGITS_AT_ONCE, METHODS, SAMPLED, Args, methods_of, saved_stages
 from data import Task, Tokenizer
 from files import BadInput
 from model import Config, Transformer
-from questions import teacher_length
+from questions import longest_prompt
 
 
 def keep_freed_memory() -> None:
@@ -38,8 +38,8 @@ def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args,
     """Says what the run needs and what there is; refuses one that cannot fit, with what helps."""
     if device.type == "cpu":  # An offloaded teacher lies in the same memory.
         args = replace(args, teacher_device="same")
-    prompts = [teacher_length(example, tokenizer, task.wording, args)
-               for example in task.draw(64, "memory", 0)]
+    typical = task.draw(64, "memory", 0) if saved_stages(args) else task.held_out[:64]
+    prompts = [longest_prompt(example, tokenizer, task.wording, args) for example in typical]
     longest = max(prompts) + args.rollouts * args.max_new_tokens
     parts = memory_needed(config, prompts, args, ranks.size())
     free = memory_free(device)
@@ -84,6 +84,8 @@ def memory_needed(config: Config, prompts: list[int], args: Args,
                   processes: int = 1) -> dict[str, float]:
     """Bytes that a distillation step or an evaluation will hold on the device, by purpose.
 
+    Where nothing is trained, those of an evaluation alone.
+
     prompts: lengths of typical prompts; processes: how many share weights and prompts.
     """
     weights = weight_bytes(config, args, processes)
@@ -99,13 +101,17 @@ def memory_needed(config: Config, prompts: list[int], args: Args,
     losing = tokens * kept + 6 * 4 * LOGITS_AT_ONCE + weights.passing
     rolling = weights.sampled + sampling_bytes(config, prompts, own, args.rollouts, tokens * layer,
                                                args)
-    # Evaluating begins when teacher and optimizer have gone.
     samples = max(args.eval_samples, args.paper_samples, args.oracle)
-    evaluating = weights.sampled - weights.teacher - weights.moments + sampling_bytes(
-        config, prompts, asked, samples, tokens * layer, args)
-    return {"weights, gradient and optimizer": weights.trained + weights.moments,
+    evaluating = weights.sampled + sampling_bytes(config, prompts, asked, samples, tokens * layer,
+                                                  args)
+    if not saved_stages(args):
+        return {"weights": weights.stored, "working memory": evaluating}
+    # Evaluating begins when teacher, gradient and optimizer have gone.
+    training = weights.gradient + weights.moments
+    return {"weights, gradient and optimizer": weights.stored + training,
             "teacher": weights.teacher,
-            "working memory": max(losing, weights.updating, rolling, evaluating)}
+            "working memory": max(losing, weights.updating, rolling,
+                                  evaluating - training - weights.teacher)}
 
 
 def activation_bytes(config: Config, tokens_per_prompt: int, rollouts: int, completion: int,
@@ -134,7 +140,8 @@ def activation_bytes(config: Config, tokens_per_prompt: int, rollouts: int, comp
 class WeightBytes:
     """What there is of the weights on a device, in bytes."""
 
-    trained: float  # the student's, and their gradient
+    stored: float  # the student's
+    gradient: float
     moments: float  # AdamW's
     teacher: float
     passing: float  # copies for a forward and backward pass
@@ -157,9 +164,9 @@ def weight_bytes(config: Config, args: Args, processes: int) -> WeightBytes:
         model.add_adapters(args.lora_rank, 1.0)
         learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
         frozen, cast = every, 0
-    taught = any(METHODS[name].teacher for name in args.method.split(","))
+    taught = any(METHODS[name].teacher for name in methods_of(args))
     averaged = taught * (every - in_layers if args.teacher_device == "cpu" else learned)
-    trained, moments = frozen * computed + learned * 2 * stored, 8 * learned
+    kept, gradient, moments = frozen * computed + learned * stored, learned * stored, 8 * learned
     teacher, passing, sampled = averaged * stored, 0 if args.recompute else cast, cast
     updating = 16 * config.vocab_size * config.hidden_size if stored == 2 else 0  # in float32
     if processes > 1:
@@ -169,9 +176,9 @@ def weight_bytes(config: Config, args: Args, processes: int) -> WeightBytes:
         passing = outside * (every - in_layers) + (
             3 * computed * in_layers / config.num_hidden_layers)
         sampled, teacher = computed * every, teacher + taught * computed * frozen
-        trained, moments, teacher, updating = (
-            spread / processes for spread in (trained, moments, teacher, updating))
-    return WeightBytes(trained, moments, teacher, passing, sampled, updating)
+        kept, gradient, moments, teacher, updating = (
+            spread / processes for spread in (kept, gradient, moments, teacher, updating))
+    return WeightBytes(kept, gradient, moments, teacher, passing, sampled, updating)
 
 
 def bytes_computed(args: Args) -> int:

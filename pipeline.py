@@ -20,8 +20,8 @@ import torch
 
 import data
 import ranks
-from caopd import (EVAL, METHODS, NOTHING, Args, eval_sampling, evaluate, saved_stages, settings,
-                   supervise, train)
+from caopd import (EVAL, METHODS, NOTHING, Args, eval_sampling, evaluate, methods_of, saved_stages,
+                   settings, supervise, train)
 from data import Task, Tokenizer
 from files import (BadInput, claimed, fingerprint, from_json, map_leaves, parse_json, read_object,
                    read_text, to_json, write_text)
@@ -48,7 +48,7 @@ def run(args: Args) -> dict:
     asked = [dataclasses.astuple(replace(example, where="")) for example in task.held_out]
     identity = {"settings": dataclasses.asdict(replace(args, overwrite=False, track="")),
                 "inputs": data.checksum([task.fingerprint, asked])}
-    names, stages = ("base", *args.method.split(",")), saved_stages(args)
+    names, stages = ("base", *methods_of(args)), saved_stages(args)
 
     def still_to_do() -> tuple[dict, list[str]]:
         figures = figures_there(names, identity, task, args, out)

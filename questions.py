@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 import data
 import ranks
-from caopd import Args, held_out_share
+from caopd import METHODS, Args, held_out_share, saved_stages
 from data import Example, Task, Tokenizer, Wording
 from files import BadInput
 from model import Config
@@ -18,7 +18,7 @@ def make_task(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
     if last >= config.vocab_size:
         raise BadInput(f"{tokenizer.origin}: its token {last} is outside the model's vocabulary "
                        f"of {config.vocab_size}: tokenizer and weights do not belong together")
-    if args.train:
+    if args.eval:
         return task_of_files(tokenizer, config, args)
     task = data.arithmetic_task(args.seed, args.eval_questions, bool(args.model), args.split)
     every_grade = task.held_out + task.draw(64, "lengths", 0)
@@ -27,12 +27,12 @@ def make_task(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
 
 
 def task_of_files(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
-    """The questions of --train, and those of --eval or the share of --train that is held out."""
+    """The questions of --train, if any, and those of --eval or the share of --train held out."""
     def read(paths: list[str]) -> list[Example]:
         examples = [example for path in paths for example in data.load_jsonl(path, args.task)]
         return fitting(examples, tokenizer, data.WORDS, config, args)
 
-    train, share = read(args.train), held_out_share(args)
+    train, share = read(args.train) if args.train else [], held_out_share(args)
     if share or args.split == "validation":
         sides = [data.side(example.question, share or 0.2) for example in train]
         unseen = {args.split, "held-out" if share else args.split}
@@ -40,7 +40,7 @@ def task_of_files(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
         train = [example for example, side in zip(train, sides) if side not in unseen]
     else:
         held_out = read(args.eval)
-    if not train or not held_out:
+    if not held_out or args.train and not train:
         raise BadInput(f"--split {args.split}: {' '.join(args.train)} has too few questions to "
                        "leave some for both sides")
     if shared := len({e.question for e in train} & {e.question for e in held_out}):
@@ -63,7 +63,7 @@ def fitting(examples: list[Example], tokenizer: Tokenizer, wording: Wording, con
     for example in tqdm(examples, desc="reading", unit="prompt", leave=False,
                         disable=len(examples) < 500 or not ranks.first()):
         prompt = len(tokenizer.chat(data.student_messages(example, wording)))
-        total = teacher_length(example, tokenizer, wording, args) + args.max_new_tokens
+        total = longest_prompt(example, tokenizer, wording, args) + args.max_new_tokens
         if prompt <= args.max_prompt and total <= limit:
             kept.append(example)
         elif not args.skip_long:
@@ -73,7 +73,7 @@ def fitting(examples: list[Example], tokenizer: Tokenizer, wording: Wording, con
                        if prompt > args.max_prompt else
                        f"with {shown} and completion takes {total} tokens, over the model's "
                        f"{limit}")
-            helps = ", or leave such prompts out with --skip-long" if args.train else ""
+            helps = ", or leave such prompts out with --skip-long" if args.eval else ""
             raise BadInput(f"{which} {problem}; change the limits{helps}")
     if len(kept) < len(examples):
         left_out = len(examples) - len(kept)
@@ -83,11 +83,13 @@ def fitting(examples: list[Example], tokenizer: Tokenizer, wording: Wording, con
     return kept
 
 
-def teacher_length(example: Example, tokenizer: Tokenizer, wording: Wording, args: Args) -> int:
-    """Tokens of (x, z̃), the longest prompt that an example makes.
+def longest_prompt(example: Example, tokenizer: Tokenizer, wording: Wording, args: Args) -> int:
+    """Tokens of the longest prompt that an example makes: (x, z̃), or x where nothing reads z.
 
     A solution in place of a demonstration may be as long as a completion can be.
     """
+    if not any(name == "base" or METHODS[name].teacher for name in saved_stages(args)):
+        return len(tokenizer.chat(data.student_messages(example, wording)))
     solution = args.context == "solution"
     demo = data.with_confidence("" if solution else example.demo, 1.0)
     prompt = tokenizer.chat(data.teacher_messages(example, wording, demo, 1.0, solution))

@@ -26,8 +26,8 @@ from torch import Tensor
 import data
 from caopd import (METHODS, Args, Group, Method, Rollout, Target, TokenLoss, add_references,
                    choose_losses, eq7, eval_sampling, group_advantages, held_out_share,
-                   hidden_states, loss_weights, make_targets, mu_hat, rollout, rollout_sampling,
-                   score_answers, seeded, title)
+                   hidden_states, loss_weights, make_targets, methods_of, mu_hat, rollout,
+                   rollout_sampling, score_answers, seeded, title)
 from data import Example, Tokenizer, Wording
 from files import BadInput
 from metrics import VALUES
@@ -225,7 +225,7 @@ def explain(text: str | None, sources: dict[str, Path], tokenizer: Tokenizer, co
     base = "base" if args.sft_steps and "base" in sources else next(iter(sources))
     student = load_model(sources[base], None, args, device)
     group = choose_group(text, student, tokenizer, config, args)
-    methods = {name: METHODS[name] for name in args.method.split(",")}
+    methods = {name: METHODS[name] for name in methods_of(args)}
     if any(method.reference for method in methods.values()):
         add_references([group], student, tokenizer, wording(args), rollout_sampling(args),
                        seeded(args.seed, "reference", 0, device))

@@ -27,8 +27,10 @@ def print_tables(results: dict, args: Args, out: Path) -> None:
               f"{PAPER['top_p']}, {args.paper_samples} answers per question:\n"
               f"{table({name: row['paper'] for name, row in results.items()})}")
     print("\n" + textwrap.fill(LEGEND, 100))
-    print(f"\nEverything is in {out} (results.json, answers/, metrics.jsonl, samples.jsonl, the "
-          "models).")
+    there = [name for name in ("results.json", "answers", "metrics.jsonl", "samples.jsonl")
+             if (out / name).exists()]
+    models = ["the models"] * bool(saved_stages(args))
+    print(f"\nEverything is in {out} ({', '.join(there + models)}).")
     others = [name for name in METHODS if name not in results and (out / name).is_dir()]
     if "base" not in saved_stages(args) and Path(args.model) != out / "base":
         others += ["base"] * (out / "base").is_dir()  # the table's base is --model itself

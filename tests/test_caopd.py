@@ -2174,6 +2174,35 @@ def test_memory_is_kept_or_not_without_glibc(monkeypatch):
         assert keep_freed_memory() is None
 
 
+def test_a_model_is_asked_as_it_is(tmp_path, real_model, capsys):
+    """--method base trains nothing, and so needs no questions to train on, and less memory."""
+    asked = write(tmp_path / "e.jsonl", *ROWS["mcq"])
+    flags = ["--model", str(real_model), "--task", "mcq", *REAL]
+    assert caopd.main([*flags, "--method", "base", "--eval", asked,
+                       "--out", str(tmp_path / "base")]) == 0
+    assert "GiB needed on cpu (weights" in capsys.readouterr().out
+    files = {path.name for path in (tmp_path / "base").iterdir()}
+    assert files == {"answers", "lock", "results.json"}
+    assert caopd.main([*flags, "--method", "opd", "--train", asked, "--eval", asked,
+                       "--out", str(tmp_path / "opd")]) == 0
+    alone, beside = (json.loads((tmp_path / name / "results.json").read_text())
+                     for name in ("base", "opd"))
+    assert alone["base"] == beside["base"] and "opd" not in alone
+
+
+def test_the_toys_base_is_made_without_a_method(tmp_path):
+    assert run(tmp_path, "--method", "base")["base"] == run(tmp_path, "--method", "opd")["base"]
+
+
+def test_only_what_reads_a_demonstration_needs_room_for_it(tmp_path, real_model, capsys):
+    rows = [row | {"demo": "long " * 200 + "<answer>B</answer>"} for row in ROWS["mcq"]]
+    path = write(tmp_path / "q.jsonl", *(row for row in rows if row["answer"] == "B"))
+    for method, code in (("grpo", 0), ("opd", 2)):
+        assert caopd.main(["--model", str(real_model), "--task", "mcq", "--train", path, "--eval",
+                           path, *REAL, "--method", method, "--out", str(tmp_path / method)]) == code
+    assert "with demonstration and completion takes" in capsys.readouterr().err
+
+
 def test_a_run_that_cannot_fit_says_so_and_says_what_helps(tmp_path, real_model, capsys,
                                                            monkeypatch):
     monkeypatch.setattr("memory.memory_free", lambda device: 2 ** 18)
@@ -2318,6 +2347,10 @@ def test_adapters_are_all_that_is_held_beside_the_model():
     (["--device", "cpu:1"], "--device cpu:1"), (["--lr", "1e30"], "--lr 1e+30"),
     (["--temperature", "1e-40"], "--temperature 1e-40: it should be at least 0.001"),
     (["--eval-temperature", "1e-9"], "--eval-temperature 1e-09"),
+    (["--method", "base", "--explain", "1+1"], "--explain with --method base"),
+    (["--method", "base,opd"], "--method base,opd: it should be one or several of"),
+    (["--method", "base", "--model", "m", "--eval", "0.1"], "needs both --train"),
+    (["--method", "grpo", "--model", "m", "--eval", "x.jsonl"], "needs both --train"),
     (["--lora-alpha", "16"], "--lora-alpha: only --lora-rank N"),
     (["--method", "caopd", "--replace", "instruction"], "teacher has no instruction")])
 def test_a_bad_request_is_one_sentence_and_exit_code_2(tmp_path, capsys, flags, words):
