@@ -1231,7 +1231,7 @@ def check_values(args: Args) -> None:
     require("between 0 and 1", lambda x: 0 <= x <= 1, "teacher_rate", "sft_noise", "sft_answers")
     require("a multiple of 8 (the embedded world's transformer has 4 heads)", lambda n: n % 8 == 0,
             "width")
-    require("one or several of " + ", ".join(METHODS) + ", each once, separated by commas, or both, "
+    require("one or several of " + ", ".join(METHODS) + ", each once, separated by commas, or both "
             "or base", lambda text: text == "base" or (
                 len(set(text.split(",")) & METHODS.keys()) == text.count(",") + 1), "method")
     require("one or several of " + ", ".join(REPLACEMENTS) + ", separated by commas",

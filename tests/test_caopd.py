@@ -2199,7 +2199,7 @@ def test_only_what_reads_a_demonstration_needs_room_for_it(tmp_path, real_model,
     path = write(tmp_path / "q.jsonl", *(row for row in rows if row["answer"] == "B"))
     for method, code in (("grpo", 0), ("opd", 2)):
         assert caopd.main(["--model", str(real_model), "--task", "mcq", "--train", path, "--eval",
-                           path, *REAL, "--method", method, "--out", str(tmp_path / method)]) == code
+                           path, *REAL, "--method", method, "--out", str(tmp_path / "o")]) == code
     assert "with demonstration and completion takes" in capsys.readouterr().err
 
 
