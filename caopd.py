@@ -52,7 +52,7 @@ import data
 import ranks
 from data import Example, Task, Tokenizer, Wording
 from files import BadInput, Unbroken, parse_json
-from metrics import VALUES, bootstrap, calibration, every_readout, reliability
+from metrics import VALUES, bootstrap, calibration, every_readout, expected, reliability
 from model import NotFinite, SharedPrefix, Transformer, generate
 from optim import AdamW, store, warmup_cosine, warmup_stable_decay
 from stage import REMEDY, Stage
@@ -922,13 +922,13 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, examples: list[Example], 
 def answer_rows(groups: list[Group], likelihoods: np.ndarray, p: np.ndarray) -> list[dict]:
     """Rows of answers/NAME.jsonl: each answer, what it states, and what the model thinks of it.
 
-    likelihoods [N], p [N, 101]: what `score_answers` returns. `expected` is the mean of p.
+    likelihoods [N], p [N, 101]: what `score_answers` returns.
     """
     rollouts = [(group.example, rollout) for group in groups for rollout in group.rollouts]
     return [{"question": example.question, "grade": example.grade, "text": rollout.text,
              "truncated": rollout.truncated, "correct": rollout.correct,
              "confidence": rollout.confidence, "expected": float(mean), "likelihood": float(own)}
-            for (example, rollout), mean, own in zip(rollouts, p @ VALUES, likelihoods)]
+            for (example, rollout), mean, own in zip(rollouts, expected(p), likelihoods)]
 
 
 def score_answers(model: Transformer, tokenizer: Tokenizer, groups: list[Group],
@@ -1117,8 +1117,8 @@ class Args:
 
     eval_questions: int = flag(EVAL, NOTHING, 1200, "ask N held-out questions: of a file "
                                "the first N; generated ones can come twice", real=500)
-    eval_temperature: float = flag(EVAL, NOTHING, 1.0, "sampling temperature: mu_hat is what is "
-                                   "right at --temperature, and other ones do not fit it")
+    eval_temperature: float = flag(EVAL, NOTHING, 1.0, "sampling temperature; mu_hat is measured "
+                                   "at --temperature, and at another one other shares are right")
     eval_top_p: float = flag(EVAL, NOTHING, 1.0, "nucleus sampling")
     eval_samples: int = flag(EVAL, NOTHING, 4, "answers per question", real=1)
     paper_samples: int = flag(EVAL, NOTHING, 2, "answers per question, sampled as the paper "
@@ -1262,7 +1262,8 @@ def check_together(args: Args) -> None:
             method.confidence_loss is target_cross_entropy for method in methods):
         raise BadInput(f"--replace {args.replace}: {args.method} learns the replaced tokens of the "
                        "completion, and has none without `completion`")
-    if not args.model and args.replace == "instruction" and not data.SYMBOLS.report:
+    told_alone = set(args.replace.split(",")) == {"instruction"}
+    if not args.model and told_alone and not data.SYMBOLS.report:
         raise BadInput("--replace instruction: the embedded world's teacher has no instruction, so "
                        "that nothing would be replaced")
     for name in ("save_adapter", "lora_alpha"):

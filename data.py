@@ -189,12 +189,13 @@ def as_it_is(value):
 # Arithmetic: the answer is the last number, or that in the last box, as digits; it has to be whole.
 
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-EXPONENT = re.compile(r"(?<=[A-Za-z}])\^(?:\d+|\{\d+\})")  # of a unit, such as cm^2
+EXPONENT = re.compile(r"(?<=[A-Za-z}])\^(?:[-−]?\d+|\{[-−]?\d+\})")  # of a unit, such as cm^2
 
 # Thousands are separated by a comma, by LaTeX's {,} or \, or by a no-break space.
 THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|\\,|[\u00a0\u202f])(?=\d{3}(?!\d))")
 FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
-POWER = re.compile(r"(?<=\d)(?:\^\{?|[eE])[-+−]?(\d+)\}?")  # of a number: 10^3, 10^{3}, 3.2e3
+# Of a number: 10^3, 10^{3}, 10**3, 10³, 3.2e3.
+POWER = re.compile(r"(?<=[\d)])(?: ?\^ ?[{(]?|\*\*|[eE])[-+−]?\d+[})]?|(?<=\d)[⁰¹²³⁴-⁹]+")
 # A minus, unless it stands behind a digit, a currency, and digits with what joins them.
 WRITTEN_NUMBER = re.compile(r"((?<!\d)[-−])?(?:\\?[$€£])?((?:(?<!\.)\.)?\d(?:[\d.,/]*\d)?)")
 
@@ -213,7 +214,7 @@ def last_number(text: str) -> str | None:
     if boxes := [box for box in BOXED.findall(text) if re.search(r"\d", box)]:
         text = boxes[-1]
     text = EXPONENT.sub("", FRACTION.sub(r"\1/\2", without_commas(text)))
-    text = POWER.sub(r"/\1", text)  # so that it is read as one number, and not as a whole one
+    text = POWER.sub("/0", text)  # so that it is read as one number, and not as a whole one
     numbers = WRITTEN_NUMBER.findall(text)
     sign, digits = numbers[-1] if numbers else ("", "")
     whole = re.fullmatch(r"(\d+)(?:\.0+)?", digits)

@@ -22,11 +22,11 @@ def keep_freed_memory() -> None:
     """Has glibc's malloc keep the memory of freed tensors for the next ones.
 
     It would give it back to the system in each step, which clears every page before it lends it
-    again. On a CPU that is a sixth of a supervised step. Other C libraries stay as they are.
+    again (tests/BENCH.md). Up to 1 GiB more may be held. Other C libraries stay as they are.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
+    except (AttributeError, OSError):
         return
     trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
     mallopt(trim_threshold, 2 ** 30)

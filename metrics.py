@@ -93,6 +93,11 @@ def bootstrap(confidence: np.ndarray, correct: np.ndarray, questions: Sequence[i
 VALUES = np.arange(101) / 100  # the confidences that a completion can state
 
 
+def expected(p: np.ndarray) -> np.ndarray:
+    """The mean confidence [N] by distributions p [N, 101] over VALUES, whose rounded sum may pass 1."""
+    return (p @ VALUES).clip(0, 1)
+
+
 def every_readout(confidence: np.ndarray, correct: np.ndarray, p: np.ndarray,
                   likelihood: np.ndarray, mu: np.ndarray | None = None, samples: int = 0) -> dict:
     """The metrics of the confidence as it was stated, and the same under `readouts` for each of
@@ -112,7 +117,7 @@ def every_readout(confidence: np.ndarray, correct: np.ndarray, p: np.ndarray,
     stated = calibration(confidence, correct)
     figures = stated | {"readouts": {
         "stated": stated, "greedy": calibration(VALUES[p.argmax(1)], correct),
-        "expected": calibration((p @ VALUES).clip(0, 1), correct),
+        "expected": calibration(expected(p), correct),
         "likelihood": calibration(likelihood, correct)}}
     return figures if mu is None else figures | {"oracle": oracle(mu, correct, samples)}
 

@@ -350,9 +350,15 @@ def forget(names: Sequence[str], figures: dict, out: Path) -> dict:
 
 
 def write_results(out: Path, figures: dict, identity: dict, began: float) -> None:
-    """Writes results.json: the figures by model, then what made them. Without figures it goes."""
+    """Writes results.json: the figures by model, then what made them. Without figures it goes.
+
+    So do answers that belong to no figures.
+    """
     if not ranks.first():
         return
+    for path in (out / "answers").glob("*.jsonl"):
+        if path.stem not in figures:
+            path.unlink()
     if not figures:
         return (out / "results.json").unlink(missing_ok=True)
     ordered = {name: figures[name] for name in ("base", *METHODS) if name in figures}

@@ -46,9 +46,9 @@ def task_of_files(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
     if shared := len({e.question for e in train} & {e.question for e in held_out}):
         print(f"Note: {shared} held-out questions are also in {' '.join(args.train)}; figures on "
               "them are not held out.")
-    if len(held_out) > args.eval_questions:
-        print(f"Note: the first {args.eval_questions} of {len(held_out)} held-out questions are "
-              "asked (--eval-questions).")
+    if len(held_out) > args.eval_questions and args.explain is None:
+        print(f"Note: the first {args.eval_questions} of {len(held_out)} {args.split} questions "
+              "are asked (--eval-questions).")
     return data.listed_task(train, held_out[:args.eval_questions], args.seed)
 
 

@@ -23,8 +23,8 @@ ABOUT = {
 def model_card(name: str, results: dict, settings: dict, args: Args) -> str:
     """README.md of a saved model, in Markdown behind YAML front matter.
 
-    name: of the model, a key of `results`, which holds what `evaluate` returned for it and for
-        the base. settings: all that decided how it was made.
+    name: of the model, a key of `results`, which holds its figures and those of the base.
+        settings: all that decided how it was made.
     """
     origin = args.model or "the embedded world"
     tags = ["caopd", "on-policy-distillation", "calibration", "confidence"]

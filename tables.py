@@ -7,9 +7,9 @@ from caopd import METHODS, PAPER, Args, saved_stages, title
 from metrics import COLUMNS, number
 
 LEGEND = (
-    "How to read it. ±: one standard error, over questions. OCG: mean confidence − accuracy, and "
-    "like ECE, Brier and SPR of the answers that state a confidence. "
-    "stated: the confidence as it was written; greedy and expected: the likeliest one and the "
+    "How to read it. ±: one standard error, over questions. OCG: mean confidence − accuracy. "
+    "stated: the confidence as it was written, of the answers that have one; greedy and expected, "
+    "of all answers as likelihood and floor: the likeliest one and the "
     "mean, of the model's own distribution after its answer. likelihood: the probability that "
     "the model gives to the answer itself, whatever it states (next to nothing for a long one). "
     "floor: Brier of a confidence equal to the success rate μ(x); SPR of μ̂: that of an estimate "

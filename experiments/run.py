@@ -132,7 +132,7 @@ def table_of_methods(runs: dict[int, dict]) -> tuple[str, dict]:
         its = [run[name] for run in runs.values() if name in run]
         if its:
             floor = spread([run["oracle"]["brier"] for run in its])
-            seconds = f"{fmean(run['seconds'] for run in its):.0f}"
+            seconds = "–" if name == "base" else f"{fmean(run['seconds'] for run in its):.0f}"
             rows.append([caopd.title(name), *metrics(its), *expected(its), floor, seconds])
     header = ["", *COLUMNS.values(), *EXPECTED, "Brier floor", "seconds"]
     return markdown(header, rows), runs

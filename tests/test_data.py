@@ -220,6 +220,8 @@ CALL = [{"Action": "search", "Action_Input": '{"q": "x", "n": 2}'}]
     ("arithmetic", "46", "46\n**Confidence Score:** 0.85", True),
     ("arithmetic", "46", "46 cm^2", True), ("arithmetic", "46", r"46, as \boxed{}", True),
     ("arithmetic", "3", "3.2e3", False), ("arithmetic", "3", r"$1 \times 10^{3}$", False),
+    ("arithmetic", "3", "10 ^ (3)", False), ("arithmetic", "3", "10**3", False),
+    ("arithmetic", "10", "10³", False), ("arithmetic", "46", "46 cm^{-2}", True),
     ("arithmetic", "46", "6^2 + 10 = 46", True), ("arithmetic", "2", r"\boxed{10^2}", False),
     ("arithmetic", "46", r"46 \boxed{m²}", True),
     ("arithmetic", "46", "First \\boxed{12}. So 46.", False),  # a box is the answer
