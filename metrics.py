@@ -94,7 +94,7 @@ VALUES = np.arange(101) / 100  # the confidences that a completion can state
 
 
 def expected(p: np.ndarray) -> np.ndarray:
-    """The mean confidence [N] by distributions p [N, 101] over VALUES, whose rounded sum may pass 1."""
+    """The mean confidence [N] by distributions p [N, 101] over VALUES, whose sum may pass 1."""
     return (p @ VALUES).clip(0, 1)
 
 
