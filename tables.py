@@ -8,10 +8,10 @@ from metrics import COLUMNS, number
 
 LEGEND = (
     "How to read it. ±: one standard error, over questions. OCG: mean confidence − accuracy. "
-    "stated: the confidence as it was written, of the answers that have one; greedy and expected, "
-    "of all answers as likelihood and floor: the likeliest one and the "
-    "mean, of the model's own distribution after its answer. likelihood: the probability that "
-    "the model gives to the answer itself, whatever it states (next to nothing for a long one). "
+    "stated: the confidence as it was written, where there is one; greedy and expected: the "
+    "likeliest one and the mean, of the model's own distribution after every answer. likelihood: "
+    "the probability that the model gives to the answer itself, whatever it states (next to nothing "
+    "for a long one). "
     "floor: Brier of a confidence equal to the success rate μ(x); SPR of μ̂: that of an estimate "
     "of μ(x), no bound. gap closed: how much of Brier's gap from OPD to the floor, by what is "
     "stated / expected. The diagram: █ how much of a bin is right, │ what it says, and its share "

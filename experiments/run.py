@@ -59,7 +59,7 @@ def cell(out: Path, seed: int, name: str, *flags: str) -> dict:
     print(f"{name}, seed {seed}:", flush=True)
     pipeline.run(args)
     results = json.loads((directory / "results.json").read_text())
-    methods = args.method.split(",")
+    methods = caopd.methods_of(args)
     results = {key: value for key, value in results.items()  # Other cells' methods may be there.
                if key not in caopd.METHODS or key in methods}
     results["curves"] = curves(directory / "metrics.jsonl", methods)
