@@ -1277,9 +1277,10 @@ def check_together(args: Args) -> None:
     if (args.train or args.eval) and not args.model:
         raise BadInput("--train and --eval need --model: the embedded world's tiny tokenizer "
                        "knows nothing but arithmetic")
-    has_questions = args.task == "arithmetic" or bool(args.eval) or args.ask is not None
+    has_questions = args.task == "arithmetic" or args.train or args.eval or args.ask is not None
     needs_train = saved_stages(args) or args.split != "held-out" or held_out_share(args) is not None
-    complete = args.eval if args.train else not (args.eval and needs_train)
+    complete = (args.eval or args.split != "held-out") if args.train else not (
+        args.eval and needs_train)
     if not complete or not has_questions:
         raise BadInput(f"--task {args.task} needs both --train FILE.jsonl and --eval FILE.jsonl, "
                        "or a share such as --eval 0.1")

@@ -18,7 +18,7 @@ def make_task(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
     if last >= config.vocab_size:
         raise BadInput(f"{tokenizer.origin}: its token {last} is outside the model's vocabulary "
                        f"of {config.vocab_size}: tokenizer and weights do not belong together")
-    if args.eval:
+    if args.train or args.eval:
         return task_of_files(tokenizer, config, args)
     task = data.arithmetic_task(args.seed, args.eval_questions, bool(args.model), args.split)
     every_grade = task.held_out + task.draw(64, "lengths", 0)
@@ -73,7 +73,8 @@ def fitting(examples: list[Example], tokenizer: Tokenizer, wording: Wording, con
                        if prompt > args.max_prompt else
                        f"with {shown} and completion takes {total} tokens, over the model's "
                        f"{limit}")
-            helps = ", or leave such prompts out with --skip-long" if args.eval else ""
+            from_files = args.train or args.eval
+            helps = ", or leave such prompts out with --skip-long" if from_files else ""
             raise BadInput(f"{which} {problem}; change the limits{helps}")
     if len(kept) < len(examples):
         left_out = len(examples) - len(kept)

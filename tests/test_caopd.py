@@ -2039,15 +2039,17 @@ def test_the_split_decides_what_is_trained_on_and_what_is_asked(tmp_path, monkey
     assert len(trained) >= 6 * 8 + 4 * 4 and len(asked) == 2 * 24
 
 
-@pytest.mark.parametrize("flags", [[], ["--split", "validation"]])
-def test_the_split_of_a_training_file(tmp_path, real_model, monkeypatch, flags):
+@pytest.mark.parametrize("flags, evaluates", [
+    ([], True), (["--split", "validation"], True), (["--split", "validation"], False)])
+def test_the_split_of_a_training_file(tmp_path, real_model, monkeypatch, flags, evaluates):
+    """The validation side is a part of --train, and needs no --eval."""
     questions = [f"Q{i}?" for i in range(20)]
     train = write(tmp_path / "t.jsonl", *({"prompt": q, "answer": "A"} for q in questions))
     held_out = write(tmp_path / "e.jsonl", {"prompt": "held out?", "answer": "B"})
     trained, asked = watch(monkeypatch, "listed_task")
-    assert caopd.main(["--model", str(real_model), "--task", "mcq", "--train", train, "--eval",
-                       held_out, "--out", str(tmp_path / "out"), *REAL, "--method", "opd",
-                       "--prompts", "20", *flags]) == 0
+    assert caopd.main(["--model", str(real_model), "--task", "mcq", "--train", train,
+                       *(["--eval", held_out] if evaluates else []), *REAL, "--method", "opd",
+                       "--prompts", "20", "--out", str(tmp_path / "out"), *flags]) == 0
     kept = [q for q in questions if data.side(q) == "validation"]
     assert 4 < len(kept) < 16
     if flags:
@@ -2327,6 +2329,7 @@ def test_adapters_are_all_that_is_held_beside_the_model():
     (["--device", "cuda:99"], "--device cuda:99"), (["--device", "what"], "--device what"),
     (["--task", "mcq"], "needs both --train"), (["--train", "x.jsonl"], "need --model"),
     (["--model", "m", "--train", "x.jsonl"], "needs both --train"),
+    (["--model", "m", "--eval", "x.jsonl", "--split", "validation"], "needs both --train"),
     *((["--model", "m", "--train", "x.jsonl", "--eval", share],
        f"--eval {share}: a share should be")
       for share in ("0", "0.8", "1", "-0.1", "nan", "1e999")),
