@@ -1858,7 +1858,8 @@ def test_nothing_that_tells_of_an_old_model_stays_beside_a_new_one(tmp_path, rea
 @pytest.mark.parametrize("taught", [False, True])
 def test_an_adapter_names_the_model_that_it_was_trained_on(tmp_path, real_model, taught):
     flags = ["--model", str(real_model), "--out", str(tmp_path), *REAL, "--method", "opd",
-             "--lora-rank", "2", "--save-adapter", "--sft-steps", str(2 * taught)]
+             "--lora-rank", "2", "--save-adapter", "--sft-steps", str(2 * taught),
+             "--dtype", "float32"]  # where merging rounds least
     assert caopd.main(flags) == 0
     config = json.loads((tmp_path / "opd/adapter/adapter_config.json").read_text())
     origin = Path(config["base_model_name_or_path"])

@@ -206,8 +206,10 @@ def test_a_step_and_an_evaluation_never_mix_devices(request, kind, dtype, teache
     exact = dtype == torch.float32  # Stochastic rounding doubles the smallest of differences.
     assert found["norm"] == pytest.approx(expected["norm"], rel=1e-4 if exact else 0.1)
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4 if exact else 0.1)
-    assert torch.allclose(found["weights"], expected["weights"], atol=1e-4 if exact else 0.05)
-    if exact:
+    apart = (found["weights"] - expected["weights"]).abs()
+    assert apart.max() < 0.05
+    if exact:  # AdamW's first step divides by the gradient's size, be it a rounding error's.
+        assert (apart > 1e-4).float().mean() < 1e-3
         assert found["rollouts"] == expected["rollouts"]
 
 
