@@ -190,8 +190,8 @@ def make_targets(group: Group, confidence: float | list[float] | None, advantage
     context: "demo", "solution", or None for a method without a teacher.
     places: where μ̂ is stated, of REPLACEMENTS: in the completion, in the demonstration that z
     shows, in z's instruction. The paper does all three.
-    end_in_answer: whether the first token of a replaced c, which ends the answer, is learned as a
-    part of it (see `Method.end_in_answer`).
+    end_in_answer: whether the first token of a replaced c is learned as a part of the answer (see
+    `Method.end_in_answer`).
     Returns a Target for each teacher context. Rollouts that have none are left out: with
     `solution`, those without another correct rollout.
     """
@@ -245,8 +245,8 @@ def solutions(group: Group) -> list[tuple[int, list[int]]]:
     """SDPO's privileged context: (a correct rollout, the rollouts whose teacher is shown it).
 
     The first correct rollout serves all others, and the second one serves the first: no rollout is
-    ever shown its own text. A lone success therefore has no context, and a prompt without a correct
-    rollout has none at all.
+    shown itself, though short right answers often have the same text. A lone success therefore has
+    no context, and a prompt without a correct rollout has none at all.
     """
     right = [k for k, rollout in enumerate(group.rollouts) if rollout.correct]
     found = []
@@ -531,13 +531,15 @@ class Method:
 
     @property
     def end_in_answer(self) -> bool:
-        """Whether the first token of I_c, with which the student ended its answer, is learned from
-        the teacher, as the answer is.
+        """Whether the first token of I_c is learned as the answer is.
 
-        Cross-entropy on one's own choices makes them likelier, right or wrong, so that answers can
-        come to end early (theory/direct.py).
+        It may be the one with which the student chose to end its answer, as the toy's
+        `⏎Confidence: ` is. Cross-entropy on one's own choices makes them likelier, right or wrong,
+        so that answers can come to end early (theory/direct.py). And vOPD's estimate is right on
+        average only if every choice at a position has it. Where the newline is a token of its own,
+        the answer has ended before, and little depends on this.
         """
-        return self.confidence_loss is target_cross_entropy
+        return self.confidence_loss is target_cross_entropy or self.answer_loss is vopd
 
 
 DIV, DIV_C = "divergence", "confidence_divergence"  # by default reverse KL, and forward KL
@@ -580,6 +582,16 @@ def choose_losses(method: Method, args: "Args") -> tuple[TokenLoss, TokenLoss]:
                  for loss in (method.answer_loss, method.confidence_loss))
 
 
+def method_targets(method: Method, group: Group, confidence: float | list[float] | None,
+                   tokenizer: Tokenizer, wording: Wording, args: "Args") -> list[Target]:
+    """Step 3 as the method has it: `make_targets`, with a context only for one that has a teacher,
+    and with advantages only for one that has a reward. For the others they are 0 and unused."""
+    advantages = group_advantages(group, method.reward, method.standardize)
+    return make_targets(group, confidence, advantages, tokenizer, wording,
+                        args.context if method.teacher else None, args.replace.split(","),
+                        method.end_in_answer)
+
+
 # ------------------------------------------------------------------ Algorithm 1: the training loop
 
 
@@ -595,13 +607,13 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
     """
     method = METHODS[name]
     answer_loss, confidence_loss = choose_losses(method, args)
-    sampling, places = rollout_sampling(args), args.replace.split(",")
+    sampling = rollout_sampling(args)
     teacher = make_teacher(student, args.teacher_device) if method.teacher else None
     optimizer = AdamW(student, args.weight_decay, args.clip)
     tensors = optimizer.tensors() | teacher_tensors(teacher, student)
     stage = Stage(name, out, settings(args, name, task), tensors, args.save_every, args.track)
     # A teacher that is shown μ̂ should predict its tokens, and how often it does is then logged.
-    should_copy = asked_to_copy(method, confidence_loss, places, task.wording)
+    should_copy = asked_to_copy(method, confidence_loss, args.replace.split(","), task.wording)
 
     for step in stage.steps(args.steps):
         generator = seeded(args.seed, "rollout", step, student.device)
@@ -621,13 +633,8 @@ def train(student: Transformer, name: str, tokenizer: Tokenizer, task: Task, arg
         confidences = [method.confidence(group) if method.confidence else None for group in groups]
 
         # 3. Target replacement: mu_hat is stated in the completion and in the teacher's context.
-        #    Only a method with a reward has advantages. For the others they are 0 and unused.
-        targets = []
-        for group, confidence in zip(groups, confidences):
-            advantages = group_advantages(group, method.reward, method.standardize)
-            targets += make_targets(group, confidence, advantages, tokenizer, task.wording,
-                                    args.context if method.teacher else None, places,
-                                    method.end_in_answer)
+        targets = [target for group, confidence in zip(groups, confidences) for target in
+                   method_targets(method, group, confidence, tokenizer, task.wording, args)]
 
         # 4. Loss: the two sums of Eq. 7, and their gradient.
         losses, copied = step_gradient(student, teacher, targets, answer_loss, confidence_loss,

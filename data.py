@@ -72,12 +72,13 @@ def segment_start(text: str) -> int | None:
 def parse_confidence(text: str) -> float | None:
     """Reads val(c), the confidence that a completion states.
 
-    text: the whole completion. Its number may be written as `0.85`, `85%` or `85 %`.
+    text: the whole completion. Its number may be written as `0.85`, `85%` or `85 %`, and an answer
+    tag may end behind it.
     Returns a value in [0, 1], or None where there is no segment or no such number in it.
     """
     segments = confidence_segments(text)
     written = "".join(segments[-1][1].split()) if segments else ""
-    number = NUMBER.fullmatch(written.rstrip(".,;)*\"'`”’"))
+    number = NUMBER.fullmatch(written.removesuffix("</answer>").rstrip(".,;)*\"'`”’"))
     if not number:
         return None
     value = float(number[1]) / (100 if number[2] else 1)

@@ -25,9 +25,9 @@ from torch import Tensor
 
 import data
 from caopd import (METHODS, Args, Group, Method, Rollout, Target, TokenLoss, add_references,
-                   choose_losses, eq7, eval_sampling, group_advantages, held_out_share,
-                   hidden_states, loss_weights, make_targets, methods_of, mu_hat, rollout,
-                   rollout_sampling, score_answers, seeded, title)
+                   choose_losses, eq7, eval_sampling, held_out_share, hidden_states, loss_weights,
+                   method_targets, methods_of, mu_hat, rollout, rollout_sampling, score_answers,
+                   seeded, title)
 from data import Example, Tokenizer, Wording
 from files import BadInput
 from metrics import VALUES
@@ -275,10 +275,7 @@ def first_target(method: Method, group: Group, tokenizer: Tokenizer, args: Args,
     replacing: whether step 3 is done, as far as the method does it.
     """
     confidence = method.confidence(group) if method.confidence and replacing else None
-    advantages = group_advantages(group, method.reward, method.standardize)
-    targets = make_targets(group, confidence, advantages, tokenizer, wording(args),
-                           args.context if method.teacher else None, args.replace.split(","),
-                           method.end_in_answer)
+    targets = method_targets(method, group, confidence, tokenizer, wording(args), args)
     if not targets:
         return None
     return replace(targets[0], completions={next(iter(targets[0].completions)): 1})

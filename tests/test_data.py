@@ -28,7 +28,7 @@ from files import BadInput
     ("Confidence: high", None), ("Confidence: 1.01", None), ("Confidence: -0.5", None),
     ("Confidence: 0.8.5", None), ("Confidence: nan", None), ("Confidence: 1e-1", None),
     ("Confidence: 150%", None), ("Confidence: 0.9\nConfidence: ?", None),
-    ("Confidence:\n0.5", None), ("**Confidence:** 0.9", 0.9), ("Confidence: **0.9**", 0.9),
+    ("<answer>\nB\nConfidence: 0.85</answer>", 0.85), ("Confidence:\n0.5", None), ("**Confidence:** 0.9", 0.9), ("Confidence: **0.9**", 0.9),
     ("**Confidence**: 0.9", 0.9), ("Confidence *: 0.9", None), ("Confidence: 1 %", 0.01),
     ("Confidence: 85 % or so", 0.85), ("Confidence: 85\n%", None), ('"Confidence: 0.85"', 0.85),
     ("`Confidence: 0.85`.", 0.85), ('Confidence: "0.85"', 0.85), ("Confidence: `0.85`", 0.85),
