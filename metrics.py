@@ -37,7 +37,7 @@ def calibration(confidence, correct, bins: int = 10) -> dict:
     if len(c) == 0:
         return figures | dict.fromkeys(("mean_confidence", "ocg", "ece", "brier", "spr"), math.nan)
     which = bin_of(c, bins)
-    ece = sum(abs((r - c)[which == b].sum()) for b in range(bins)) / len(c)
+    ece = abs(np.bincount(which, r - c)).sum() / len(c)
     right, wrong = c[r == 1], np.sort(c[r == 0])
     pairs = len(right) * len(wrong)
     beaten = np.searchsorted(wrong, right, side="left").sum()  # "left" counts c⁻ < c⁺ strictly

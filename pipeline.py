@@ -156,7 +156,8 @@ def make_figures(name: str, start: Path, config: Config, tokenizer: Tokenizer, t
         (out / "answers").mkdir(exist_ok=True)
         write_text(out / "answers" / f"{name}.jsonl",
                    "".join(to_json(row) + "\n" for row in answers))
-    return {"seconds": training_seconds(out, name)} | figures
+    seconds = training_seconds(out, name) if name in saved_stages(args) else 0.0
+    return {"seconds": seconds} | figures
 
 
 def introduction(model: Transformer, task: Task, args: Args) -> str:
@@ -346,6 +347,7 @@ def forget(names: Sequence[str], figures: dict, out: Path) -> dict:
     for name in names if ranks.first() else ():
         if name != "base":
             (out / name / "config.json").unlink()
+            (out / name / "checkpoint.safetensors").unlink(missing_ok=True)  # with all its updates
     return {name: its for name, its in figures.items() if name not in names}
 
 

@@ -18,12 +18,20 @@ def make_task(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
     if last >= config.vocab_size:
         raise BadInput(f"{tokenizer.origin}: its token {last} is outside the model's vocabulary "
                        f"of {config.vocab_size}: tokenizer and weights do not belong together")
+    if args.model and not knows_words(tokenizer):
+        raise BadInput(f"--model {args.model}: its tokenizer cannot spell a question in words; a "
+                       "model of the embedded world is looked at with --ask and --explain")
     if args.train or args.eval:
         return task_of_files(tokenizer, config, args)
     task = data.arithmetic_task(args.seed, args.eval_questions, bool(args.model), args.split)
     every_grade = task.held_out + task.draw(64, "lengths", 0)
     fitting(every_grade, tokenizer, task.wording, config, replace(args, skip_long=False))
     return task
+
+
+def knows_words(tokenizer: Tokenizer) -> bool:
+    """Whether it can spell a question in words; the embedded world's tokenizer cannot."""
+    return tokenizer.decode(tokenizer.encode("What is")).strip() == "What is"
 
 
 def task_of_files(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
@@ -34,7 +42,10 @@ def task_of_files(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
 
     train, share = read(args.train) if args.train else [], held_out_share(args)
     if share or args.split == "validation":
-        sides = [data.side(example.question, share or 0.2) for example in train]
+        if args.eval and not share:
+            print(f"Note: {' '.join(args.eval)} is not read: --split validation asks a fifth of "
+                  f"{' '.join(args.train)}.")
+        sides = [data.side(example.question.strip(), share or 0.2) for example in train]
         unseen = {args.split, "held-out" if share else args.split}
         held_out = [example for example, side in zip(train, sides) if side == args.split]
         train = [example for example, side in zip(train, sides) if side not in unseen]
@@ -43,7 +54,7 @@ def task_of_files(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
     if not held_out or args.train and not train:
         raise BadInput(f"--split {args.split}: {' '.join(args.train)} has too few questions to "
                        "leave some for both sides")
-    if shared := len({e.question for e in train} & {e.question for e in held_out}):
+    if shared := len({e.question.strip() for e in train} & {e.question.strip() for e in held_out}):
         print(f"Note: {shared} held-out questions are also in {' '.join(args.train)}; figures on "
               "them are not held out.")
     if len(held_out) > args.eval_questions and args.explain is None:

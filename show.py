@@ -29,11 +29,11 @@ from caopd import (METHODS, Args, Group, Method, Rollout, Target, TokenLoss, add
                    method_targets, methods_of, mu_hat, rollout, rollout_sampling, score_answers,
                    seeded, title)
 from data import Example, Tokenizer, Wording
-from files import BadInput
-from metrics import VALUES
+from files import BadInput, read_object
+from metrics import expected
 from model import Config, SharedPrefix, Transformer
-from pipeline import find_model, load_model, pick_device, pick_dtype
-from questions import fitting, make_task
+from pipeline import difference, find_model, load_model, pick_device, pick_dtype
+from questions import fitting, knows_words, make_task
 
 # ------------------------------------------------------------------- what --explain and --ask share
 
@@ -72,15 +72,21 @@ def find_models(args: Args) -> dict[str, Path]:
         taken = name in made and not made[name].samefile(origin)
         found[args.model if taken else name] = origin
     found |= made
+    note_other_bases(made)
     if not found:
         raise BadInput(f"--out {args.out}: there are no models in it yet; "
                        f"`python caopd.py --out {args.out}` makes them")
     return found
 
 
-def knows_words(tokenizer: Tokenizer) -> bool:
-    """Whether it can spell a question in words; the embedded world's tokenizer cannot."""
-    return tokenizer.decode(tokenizer.encode("What is")).strip() == "What is"
+def note_other_bases(made: dict[str, Path]) -> None:
+    """Says of which models it was another base that they were trained from: one of other flags."""
+    theirs = {name: read_object(path / "settings.json") for name, path in made.items()
+              if (path / "settings.json").exists()}
+    base = theirs.get("base", {})
+    for name, settings in theirs.items():
+        if words := difference(settings, {key: base[key] for key in base if key != "stage"}):
+            print(f"Note: {title(name)} was made {words}, and so not from the base that is here.")
 
 
 def wording(args: Args) -> Wording:
@@ -174,8 +180,8 @@ def replies(model: Transformer, tokenizer: Tokenizer, examples: list[Example],
     generator = seeded(args.seed, "ask", 0, model.device)
     groups = rollout(model, tokenizer, examples, wording(args), args.rollouts, sampling, generator)
     _, p = score_answers(model.for_inference(), tokenizer, groups, sampling.micro_tokens)
-    expected = (p @ VALUES).reshape(len(groups), -1).mean(1)  # [Q]
-    return [reply(group, float(mean)) for group, mean in zip(groups, expected)]
+    means = expected(p).reshape(len(groups), -1).mean(1)  # [Q]
+    return [reply(group, float(mean)) for group, mean in zip(groups, means)]
 
 
 def reply(group: Group, expected: float) -> Reply:

@@ -1807,6 +1807,21 @@ def test_an_interrupted_other_run_leaves_no_results_that_it_has_written_over(tmp
         assert in_order(metrics(tmp_path)) == rows
 
 
+def test_overwrite_makes_a_finished_model_again_whose_command_was_cut_off(tmp_path):
+    """Its checkpoint, of all its updates, is still there, and would leave nothing to do."""
+    flags = [*TINY, "--method", "opd", "--out", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "caopd", dataclasses.replace(METHODS["caopd"], confidence=interrupt))
+        assert caopd.main([*flags, "--method", "opd,caopd"]) == 130
+    assert (tmp_path / "opd" / "config.json").exists()
+    assert (tmp_path / "opd" / "checkpoint.safetensors").exists()
+    before = metrics(tmp_path)
+    assert caopd.main([*flags, "--overwrite"]) == 0
+    seconds = [[row["seconds"] for row in rows if row["stage"] == "opd"]
+               for rows in (before, metrics(tmp_path))]
+    assert len(seconds[0]) == len(seconds[1]) > 0 and seconds[0] != seconds[1]
+
+
 def test_a_run_never_goes_on_from_a_checkpoint_whose_rows_another_one_dropped(tmp_path):
     flags = [*TINY, "--method", "opd", "--save-every", "1", "--out", str(tmp_path), "--overwrite"]
 
@@ -2058,7 +2073,7 @@ def test_the_split_decides_what_is_trained_on_and_what_is_asked(tmp_path, monkey
 
 @pytest.mark.parametrize("flags, evaluates", [
     ([], True), (["--split", "validation"], True), (["--split", "validation"], False)])
-def test_the_split_of_a_training_file(tmp_path, real_model, monkeypatch, flags, evaluates):
+def test_the_split_of_a_training_file(tmp_path, real_model, monkeypatch, capsys, flags, evaluates):
     """The validation side is a part of --train, and needs no --eval."""
     questions = [f"Q{i}?" for i in range(20)]
     train = write(tmp_path / "t.jsonl", *({"prompt": q, "answer": "A"} for q in questions))
@@ -2069,6 +2084,7 @@ def test_the_split_of_a_training_file(tmp_path, real_model, monkeypatch, flags, 
                        "--prompts", "20", "--out", str(tmp_path / "out"), *flags]) == 0
     kept = [q for q in questions if data.side(q) == "validation"]
     assert 4 < len(kept) < 16
+    assert (f"{held_out} is not read" in capsys.readouterr().out) == (evaluates and flags != [])
     if flags:
         assert set(trained) == set(questions) - set(kept) and set(asked) == set(kept[:4])
     else:
@@ -2089,6 +2105,29 @@ def test_a_share_of_several_training_files_is_held_out(tmp_path, real_model, mon
     assert set(asked) == {q for q in questions if sides[q] == (flags or ["held-out"])[-1]}
     unseen = {"held-out", "validation"} if flags else {"held-out"}
     assert set(trained) == {q for q in questions if sides[q] not in unseen}
+
+
+def test_a_question_with_a_space_at_its_end_is_on_the_same_side(tmp_path, real_model, monkeypatch,
+                                                               capsys):
+    questions = [f"Q{i}?{space}" for i in range(30) for space in ("", " ")]
+    train = write(tmp_path / "t.jsonl", *({"prompt": q, "answer": "A"} for q in questions))
+    flags = ["--model", str(real_model), "--task", "mcq", "--train", train, *REAL, "--method",
+             "opd", "--prompts", "60", "--eval-questions", "60"]
+    trained, asked = watch(monkeypatch, "listed_task")
+    assert caopd.main([*flags, "--eval", "0.2", "--out", str(tmp_path / "a")]) == 0
+    assert asked and not {q.strip() for q in trained} & {q.strip() for q in asked}
+    capsys.readouterr()
+    evaluate = write(tmp_path / "e.jsonl", {"prompt": "Q7? ", "answer": "A"},
+                     {"prompt": "Q99?", "answer": "A"})
+    assert caopd.main([*flags, "--eval", evaluate, "--out", str(tmp_path / "b")]) == 0
+    assert "Note: 1 held-out questions are also in" in capsys.readouterr().out
+
+
+def test_a_model_of_the_toy_is_refused_as_one_that_reads_words(small_run, tmp_path, capsys):
+    code = caopd.main(["--model", str(small_run / "opd"), "--method", "base", "--max-new-tokens",
+                       "16", "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert code == 2 and "cannot spell a question in words" in error and error.count("\n") == 1
 
 
 def test_a_split_that_leaves_no_question_is_one_sentence(tmp_path, real_model, capsys):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -95,6 +97,14 @@ def test_a_gap_of_nothing_can_be_printed():
     assert "OPD" in tables.readout_table({"opd": row})
 
 
+def test_a_gap_of_a_confidence_that_is_never_stated_is_a_dash():
+    worst, none, best = ({"ece": x, "brier": x, "spr": x} for x in (1.0, math.nan, 0.5))
+    opd = {"brier": 1.0, "oracle": best, "readouts": {"stated": worst, "expected": worst}}
+    other = {"brier": math.nan, "oracle": best, "readouts": {"stated": none, "expected": best}}
+    table = tables.readout_table({"opd": opd, "caopd": other})
+    assert "– / 100%" in table and "nan" not in table
+
+
 def test_a_question_is_followed_through_the_algorithm(out, capsys):
     text = printed(capsys, *TINY, "--out", out, "--method", "both", "--explain", "3+4")
     assert "<|user|>3+4=<|assistant|>" in text
@@ -155,6 +165,16 @@ def test_a_model_that_is_named_like_those_in_out_is_shown_beside_them(out, tmp_p
     args = parse_args(["--model", str(tmp_path / "opd"), "--out", str(out), "--ask", "3+4"])
     found = show.find_models(args)
     assert found[str(tmp_path / "opd")] == tmp_path / "opd" and found["opd"] == out / "opd"
+
+
+def test_a_model_of_another_base_than_the_one_shown_is_noted(out, tmp_path, capsys):
+    shutil.copytree(out, tmp_path / "out")
+    flags = [*TINY, "--out", tmp_path / "out", "--ask", "3+4"]
+    assert "Note" not in printed(capsys, *flags)
+    where = tmp_path / "out" / "opd" / "settings.json"
+    where.write_text(json.dumps(json.loads(where.read_text()) | {"sft_steps": 7}))
+    text = printed(capsys, *flags)
+    assert "Note: OPD was made with --sft-steps 7, not " in text and text.count("Note") == 1
 
 
 def test_models_are_asked_side_by_side(out, capsys, monkeypatch):
