@@ -67,7 +67,8 @@ def readout_table(results: dict) -> str:
             worst, gap = results["opd"]["brier"], results["opd"]["brier"] - best["brier"]
             closed = ((worst - row["readouts"][key]["brier"]) / gap
                       for key in ("stated", "expected"))
-            cells.append(" / ".join("–" if share != share else f"{share:.0%}" for share in closed))
+            cells.append(" / ".join("–" if share != share else f"{round(share, 2) + 0:.0%}"
+                                    for share in closed))  # + 0: no -0%
         lines.append(f"{title(name):18}" + "".join(f"{cell:>20}" for cell in cells))
     return "\n".join(lines)
 
