@@ -721,14 +721,14 @@ SPLITS = ("held-out", "validation")  # the sides that can be asked
 
 
 def side(key: str, share: float = 0.2) -> str:
-    """Decides by a hash which side of the split a question is on.
+    """Decides by a hash which side of the split a question is on, be there spaces around it or not.
 
     share: of all keys that are held out, between 0 and 0.8.
     Returns "held-out" for these, "validation" for a further fifth, and "train" for the rest.
     The held-out side is for results and is never trained on. The validation side is for choosing
     settings: a run that asks it leaves it out of training, and any other run trains on it.
     """
-    number = zlib.crc32(key.encode())
+    number = zlib.crc32(key.strip().encode())
     place = (number % 5 + number / 2 ** 32) / 5  # uniform in [0, 1)
     return "held-out" if place < share else "validation" if place < share + 0.2 else "train"
 

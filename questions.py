@@ -45,7 +45,7 @@ def task_of_files(tokenizer: Tokenizer, config: Config, args: Args) -> Task:
         if args.eval and not share:
             print(f"Note: {' '.join(args.eval)} is not read: --split validation asks a fifth of "
                   f"{' '.join(args.train)}.")
-        sides = [data.side(example.question.strip(), share or 0.2) for example in train]
+        sides = [data.side(example.question, share or 0.2) for example in train]
         unseen = {args.split, "held-out" if share else args.split}
         held_out = [example for example, side in zip(train, sides) if side == args.split]
         train = [example for example, side in zip(train, sides) if side not in unseen]
