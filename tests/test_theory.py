@@ -1,11 +1,14 @@
 """theory/: identities against independent brute force, inequalities on hundreds of random worlds,
 equality cases, and the statements that its README makes."""
 
+import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import permutations, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,9 +70,11 @@ def test_the_residual_is_zero_if_and_only_if_success_is_independent_of_the_conte
         information = world.information(bernoulli(world.mu_teacher))
         assert (identifiability.residual(world) > 1e-12) == (information > 1e-12)
     named = identifiability.NAMED
-    assert identifiability.residual(named["context says nothing"]) < 1e-12
+    silent = named["context says nothing"]
     moved = named["context moves the answer, not the success"]
-    assert identifiability.residual(moved) < 1e-12
+    for world in (silent, moved):
+        assert world.information(bernoulli(world.mu_teacher)) < 1e-12
+        assert identifiability.residual(world) < 1e-12
     assert abs(moved.information(moved.teacher) - np.log(2)) < 1e-12
     assert abs(identifiability.residual(named["a hint that helps"]) - 0.04) < 1e-12
 
@@ -436,11 +441,6 @@ def test_cross_entropy_on_replaced_tokens_is_unbiased_and_pays_only_for_sampling
     assert sampled == pytest.approx(brier, abs=1e-12)
     assert sampled - mu * (1 - mu) == pytest.approx(mu * (1 - mu) / k, abs=1e-12)
     assert expected == pytest.approx(mu * (1 - mu), abs=1e-12)
-    # The frequencies are where cross-entropy over the outcomes is least: no random table beats it.
-    p = np.array(list(levels.values()))
-    for seed in range(50):
-        other = softmax(np.log(p) + np.random.default_rng(seed).normal(size=len(p)))
-        assert -p @ np.log(other) > -p @ np.log(p)
 
 
 # ------------------------------------------------------------------------- 6. prompt level
@@ -590,6 +590,40 @@ def test_what_is_compared_on_the_answer_differs_in_the_teachers_context_alone(to
     assert torch.allclose(parts[0] + parts[1], parts[2], atol=1e-5)
 
 
+def test_the_table_of_the_answers_gradients_compares_z_with_itself_where_z_says_1(
+        toy, monkeypatch, capsys):
+    """All rollouts right: then z̃ says 1.00 as z does, and the two gradients on I_a are one."""
+    student, groups = toy
+    models = dict.fromkeys(("base", "opd", "caopd"), student)
+
+    def printed(groups):
+        monkeypatch.setattr(in_the_trainer, "sample", lambda *_: groups)
+        in_the_trainer.context_on_the_answer(models, 0)
+        lines = [line.split() for line in capsys.readouterr().out.splitlines() if "I_a" in line]
+        return [float(lines[1][-1]), *map(float, lines[-2][-2:])]  # the effect of z̃, norms, cosine
+
+    right = [replace(group, rollouts=[replace(y, correct=True) for y in group.rollouts])
+             for group in groups]
+    assert printed(right) == [0.0, 1.0, 1.0]
+    effect, norms, cosine = printed(groups)
+    assert effect > 0 and norms != 1 and cosine < 1
+
+
+def test_the_probability_of_a_confidence_is_the_product_over_its_tokens(toy):
+    student, groups = toy
+    ours = in_the_trainer.targets_of(groups)
+    each = []
+    for target in ours:
+        for y, count in target.completions.items():
+            ids = torch.tensor([target.prompt + list(y.ids)])
+            log_p = student(ids)[0].detach().log_softmax(-1)
+            start = len(target.prompt) + y.answer_length
+            segment = torch.arange(start, ids.shape[1])
+            each.append(float(log_p[segment - 1, ids[0, segment]].sum().exp()))
+    asked = in_the_trainer.probability_of(student, [t.prompt for t in ours], ours)
+    assert asked == pytest.approx(np.mean(each), rel=1e-4)
+
+
 def test_a_confidence_is_driven_and_asked_back(toy, monkeypatch):
     student, groups = toy
     monkeypatch.setattr(in_the_trainer, "LIMIT", 2)
@@ -603,6 +637,33 @@ def test_a_confidence_is_driven_and_asked_back(toy, monkeypatch):
 
 def test_the_generalization_gap_says_what_it_needs(tmp_path, capsys):
     assert generalization.main([tmp_path]) == 2 and "python caopd.py" in capsys.readouterr().err
+
+
+def test_the_generalization_gap_tells_practised_questions_from_new_ones(tmp_path, monkeypatch):
+    """A model that is right on what it was trained on alone, and always says .75."""
+    flags = {"steps": 3, "prompts": 32, "seed": 0}
+    (tmp_path / "results.json").write_text(json.dumps({"settings": flags}))
+    task = data.arithmetic_task(0, 10, words=False)
+    practised = {e.question for step in range(3) for e in task.draw(32, "distill", step)}
+
+    def ask(model, tokenizer, examples, wording, samples, *_):
+        return [caopd.Group(e, [], [caopd.Rollout([], "", False, e.question in practised, 0.75)]
+                            * samples) for e in examples]
+
+    monkeypatch.setattr(caopd, "ask", ask)
+    monkeypatch.setattr(generalization.Transformer, "from_pretrained", lambda _: SimpleNamespace(
+        for_inference=lambda: SimpleNamespace(device=torch.device("cpu"))))
+    accuracy, confidence, ocg = generalization.ask_both(tmp_path, "caopd", ("2*1",), 40)
+    assert accuracy.tolist() == [1, 0] and confidence.tolist() == [0.75, 0.75]
+    assert ocg.tolist() == [-0.25, 0.75]
+
+
+def test_the_scaling_table_has_accuracy_before_confidence(capsys):
+    run = {name: {"accuracy": a, "mean_confidence": c}
+           for name, a, c in (("base", 0.1, 0.2), ("opd", 0.3, 0.4), ("caopd", 0.5, 0.6))}
+    scaling.print_table({16: [run]})
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["16"])
+    assert row.split()[2:] == ["0.10", "0.20", "0.30", "0.40", "0.50", "0.60"]
 
 
 def test_the_spread_over_seeds_is_that_of_a_sample():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -331,9 +332,10 @@ def test_a_confidence_that_sees_the_answer_passes_both_prompt_level_yardsticks()
         floors = after_the_answer.calibrated(b)
         assert floors["kind"] == pytest.approx(floor + between, abs=1e-12) and between > 0
         assert floors["kind and answer"] == pytest.approx(floor, abs=1e-12)
-        # Knowing the right answer a* ~ b by heart, and not the one given, is worth the same.
-        by_heart = sum(0.2 * b[s, a] * b[s, a] * (1 - b[s, a])
-                       for s, a in product(range(5), range(4)))
+        # Who knows the right answer a* ~ b by heart, and not the one given, a ~ b, best says how
+        # likely it is.
+        by_heart = sum(0.2 * b[s, star] * b[s, a] * (b[s, star] - (star == a)) ** 2
+                       for s, star, a in product(range(5), range(4), range(4)))
         assert floors["question"] == pytest.approx(by_heart, abs=1e-12)
         cells = (p_x[:, None] * b).ravel()
         for own in (1 / 8, 1.0):
@@ -397,8 +399,11 @@ def test_a_following_teacher_pays_the_decay_again_and_again():
     assert law[1000] == pytest.approx(first_order, rel=0.05)
     copied, delta = drift.copying(path["teacher"][-1]), drift.decay()
     at = np.argmax([drift.copying(b)[4] < 0.5 for b in path["teacher"][::20]]) * 20 * rate
-    due = 1 / (delta[-1] - delta[4])
-    assert due < at < 1.25 * due and copied[4] < 0.5 < copied[0]  # 0.00 is stated more often
+    due = drift.lost_at(delta[-1] - delta[4])
+    assert at == pytest.approx(due, rel=0.05) and copied[4] < 0.5 < copied[0]  # 0.00 is stated more
+    grown = drift.law(np.array([due]))[0]
+    assert grown[-1] - grown[4] == pytest.approx(drift.SHARPNESS)
+    assert drift.lost_at(1 / (len(drift.MU) + 1)) == np.inf
 
 
 def test_what_counts_is_rate_times_updates():
@@ -436,6 +441,35 @@ def test_the_decay_is_measured_on_saved_models(tmp_path):
     assert [row[0] for row in rows] == ["base", "CaOPD"] and rows[0][-1] == 0
     assert all(0 < row[1] < 0.05 and -1 < row[2] < 1 for row in rows)  # they know nothing yet
     assert rows[1][-1] == pytest.approx(1 - rows[1][3] / rows[0][3])
+
+
+def test_the_decay_is_the_share_of_the_margin_that_is_lost(tmp_path, monkeypatch):
+    """Two made-up models that are told a level, in the demonstration and in the instruction."""
+    import data
+    from metrics import VALUES
+    for name in ("base", "caopd"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("model.Transformer.from_pretrained", lambda path: path.name)
+    monkeypatch.setattr(data, "arithmetic_task", lambda *_, **__: SimpleNamespace(
+        held_out=[data.typed_question("4+5", words=True)], wording=data.WORDS))
+    contexts = []
+    monkeypatch.setattr(data, "teacher_messages", lambda example, wording, demo, report: (
+        contexts.append((data.parse_confidence(demo), report)) or []))
+    monkeypatch.setattr(data, "toy_tokenizer", lambda: SimpleNamespace(
+        chat=lambda messages: [], encode=lambda text: [], eos_ids=[0]))
+
+    def score_answers(model, tokenizer, groups, micro_tokens):
+        told, certain = (0.6, 0.2) if model == "base" else (0.4, 0.4 / 3 ** 0.5)
+        (demonstrated, instructed), (group,) = contexts[-1], groups
+        assert demonstrated == instructed == group.rollouts[0].confidence
+        p = np.zeros((1, len(VALUES)))
+        p[0, round(100 * instructed)], p[0, -1] = told, certain
+        return np.ones(1), p
+
+    monkeypatch.setattr(caopd, "score_answers", score_answers)
+    base, trained = drift.measure(tmp_path, questions=1)
+    assert base[1] == pytest.approx(0.6) and base[3] == pytest.approx(np.log(3))
+    assert trained[3] == pytest.approx(np.log(3) / 2) and trained[4] == pytest.approx(0.5)
 
 
 # ------------------------------------------------------------------------- sampling

@@ -22,7 +22,8 @@ answer, μ(x) = π(a*|x), and
 
     E[(π(a|x) − R)²|x] = μ(x)(1 − μ(x)) + Σ_{a≠a*} π(a|x) (π(a|x)² − μ(x)²)
 
-so that it beats every c(x) where a* is the likeliest answer. Where a wrong one is, it may pay more.
+so that it is at least as good as every c(x) where a* is the likeliest answer. Where a wrong one is,
+it may pay more.
 """
 
 import numpy as np

@@ -51,6 +51,13 @@ def law(passed: np.ndarray) -> np.ndarray:
     return SHARPNESS * grown[:, None] * decay()
 
 
+def lost_at(delta: float) -> float:
+    """ρt at which the teacher has lost a level by `law`, of which the student loses a share
+    delta = δ_f − δ_j; infinite for one that it keeps for ever."""
+    share = (len(MU) + 1) * delta
+    return -(len(MU) + 1) * np.log1p(-1 / share) if share > 1 else np.inf
+
+
 def copying(b: np.ndarray) -> np.ndarray:
     """P(says j | told j) with shared logits b [C], [C]."""
     return np.diag(softmax(b + SHARPNESS * np.eye(len(b))))
@@ -133,9 +140,10 @@ if __name__ == "__main__":
     measured = (frozen["student"][-1] - frozen["student"][0]) / SHARPNESS
     print(f"  Eight prompts, μ = {', '.join(f'{mu:g}' for mu in MU)}, K = 8. δ_f − δ_j for f ="
           "\n  1.00, measured as what a student loses of its copying under a frozen teacher:\n")
-    show(["level j", "X/(X+1) (m̄_f − m̄_j)", "measured", "lost at ρt (law)"],
+    show(["level j", "X/(X+1) (m̄_f − m̄_j)", "measured", "lost at ρt, first order", "by the law"],
          [[f"{LEVELS[j]:.2f}", float(delta[-1] - delta[j]), float(measured[-1] - measured[j]),
-           1 / float(delta[-1] - delta[j])] for j in shown])
+           1 / float(delta[-1] - delta[j]), float(lost_at(delta[-1] - delta[j]))]
+          for j in shown])
     rates, updates = (0.0, 0.0003, 0.001, 0.0035, 0.01), (300, 600, 1200, 2400, 4800)
     paths = {rate: train(rate, updates[-1]) for rate in rates}
     print("\n  Mean |c − μ| by EMA rate ρ and updates, and ρt in brackets:\n")

@@ -1,12 +1,13 @@
 """The generalization gap: μ̂ is measured on training prompts, so on new ones confidence is
-optimistic by the drop in accuracy.
+optimistic by the drop in accuracy, as long as it does not drop itself.
 
     OCG_new − OCG_trained
         = (accuracy_trained − accuracy_new) − (confidence_trained − confidence_new)
 
-The last difference is small, since confidence is a function of the prompt's looks, which do not
-change. Shown on the small transformer: each model of `python caopd.py` answers questions it was
-distilled on, and held-out ones of the same grades. Several directories are several seeds.
+The last difference was small where we measured it (.012 at most): the student has learned to tell
+kinds of prompts apart, and not single ones. Nothing forces it to be. Shown on the small
+transformer: each model of `python caopd.py` answers questions it was distilled on, and held-out
+ones of the same grades. Several directories are several seeds.
 
     python theory/generalization.py [DIRECTORY ...]        by default out/toy
 """

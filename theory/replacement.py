@@ -1,8 +1,8 @@
 """Target replacement: a student that is two tables, an answer head and a confidence head, trained
 by OPD and by CaOPD.
 
-    Eq. 7:  L(x) = KL(π_θ(a|x) ‖ π_T(a|x,z))  +  KL(π_θ(c|x) ‖ π_T(c|x,z))
-                   capability cloning             calibration
+    Eq. 7:  L(x) = KL(π_θ(a|x) ‖ π_T(a|x,z̃))  +  KL(π_θ(c|x) ‖ π_T(c|x,z̃))      (OPD: z for z̃)
+                   capability cloning              calibration
 
 The teacher's answer table is the student's first one with z's push towards the right answer; its
 confidence table is peaked at the value that its context states: 1.00 for OPD, the μ̂(x) of K fresh

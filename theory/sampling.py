@@ -13,8 +13,8 @@ under greedy decoding, β → ∞, the same μ = .4 becomes 0 against one wrong 
 against six of .1. So α_β is no function of μ, and the best one leaves E Var(α_β|μ). In Brier the
 mismatch costs E(μ − α_β)² over the floor E α_β(1 − α_β).
 
-A decoder sharpens token by token, Π_t π(y_t|y_<t)^β / Z(y_<t): another distribution, unless all
-prefixes have the same Z. What follows a token does not count for choosing it.
+A decoder sharpens token by token, Π_t π(y_t|y_<t)^β / Z(y_<t): another distribution, unless
+Π_t Z(y_<t) is the same for all sequences. What follows a token does not count for choosing it.
 """
 
 import numpy as np
@@ -101,8 +101,10 @@ if __name__ == "__main__":
                          float(miss.mean()), spr(p_x, accuracy, mu)])
     show(["answers, sampling", "accuracy", "OCG", "mean |c − α|", "Brier floor", "over it", "SPR"],
          rows)
-    print("\n  Sharper sampling makes a calibrated confidence underconfident in the mean, the more"
-          "\n  so the more ways there are of being wrong. SPR rises, for prompts polarize.\n")
+    print("\n  With μ spread evenly, sharper sampling makes a calibrated confidence underconfident in"
+          "\n  the mean where there is more than one way of being wrong, the more so the more there"
+          "\n  are. Where most prompts are hard it can be overconfident. SPR rises, for prompts"
+          "\n  polarize.\n")
     first = np.array([0.6, 0.4])
     second = np.array([[1 / 3, 1 / 3, 1 / 3], [0.9, 0.05, 0.05]])
     rows = [[f"β = {beta:.2f}", float(sharpen((first[:, None] * second).ravel(), beta)[3]),
