@@ -107,8 +107,9 @@ class Unbroken:
     or its disk is full, words go nowhere and the run goes on.
     """
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
+    def __init__(self, stream: TextIO | None):
+        """stream: None is what Python has for one that was closed from the start."""
+        self.stream = stream or open(os.devnull, "w")
 
     def write(self, text: str) -> int:
         known = self.stream.encoding or "utf-8"
@@ -160,8 +161,12 @@ def parse_json(text: str, where: str) -> object:
     def refuse(constant: str):
         raise ValueError(f"{constant} is not a number in JSON")
 
+    def read_float(digits: str) -> float:
+        number = float(digits)
+        return number if math.isfinite(number) else refuse(f"{digits}, infinite once it is read,")
+
     try:
-        value = json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse, parse_float=read_float)
         if depth(value) > DEEPEST:
             raise RecursionError
         if "\\u" in text:  # Escapes can write half a character, a surrogate, which UTF-8 cannot.
@@ -266,7 +271,7 @@ def fits(value: object, kind) -> bool:
 
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text",
-         dict: "an object", list: "a list", types.NoneType: "null"}
+         dict: "an object", list: "a list"}
 
 
 def in_words(kind) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 import ranks
-from caopd import LOGITS_AT_ONCE, METHODS, SAMPLED, Args, methods_of, saved_stages
+from caopd import (LOGITS_AT_ONCE, METHODS, SAMPLED, Args, check_together, methods_of,
+                   saved_stages)
 from data import Task, Tokenizer
 from files import BadInput
 from model import Config, Transformer
@@ -59,8 +60,12 @@ def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args,
         remedies["--teacher-device cpu"] = {"teacher_device": "cpu"}
     offers = []
     for name, change in remedies.items():
-        changed = memory_needed(config, prompts, replace(args, **change), ranks.size())
-        offers.append((sum(changed.values()), name))
+        changed = replace(args, **change)
+        try:
+            check_together(changed)
+        except BadInput:  # A flag that these do not go with is no help.
+            continue
+        offers.append((sum(memory_needed(config, prompts, changed, ranks.size()).values()), name))
     helps = ", ".join(f"{name} {size / 2 ** 30:.1f} GiB" for size, name in sorted(offers)
                       if size < 0.99 * needed)
     raise BadInput(f"{args.model or 'the embedded world'}: a step needs about "
@@ -197,8 +202,10 @@ def sampling_bytes(config: Config, prompts: list[int], questions: int, samples: 
     sampled = max(each, min(SAMPLED * args.micro_tokens, questions * each))
     cache = 2 * computed * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     rows = sampled * samples / (min(prompts) + samples * args.max_new_tokens)
-    # A row's logits are there as they are computed, in float32, and twice in float64.
-    drawing = rows * config.vocab_size * (computed + 4 + 8 + 8)
+    # A row's logits are there as they are computed and, for the nucleus, which takes the most:
+    # five times in float32 (also sorted, their shares, the sums of these, and what is left of
+    # them), and their order in int64.
+    drawing = rows * config.vocab_size * (computed + 5 * 4 + 8)
     # Each row knows of each token whether it may see it: positions, their distances and the mask.
     seeing = 24 * samples * sampled
     return sampled * cache + seeing + max(prefill, drawing)

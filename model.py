@@ -112,6 +112,8 @@ class Config:
         path = Path(directory) / "config.json"
         raw = read_object(path, required=True)
         refuse_variants(path, raw)
+        if raw["model_type"] == "olmo3":  # It has other defaults in the reference library.
+            raw = {"rms_norm_eps": 1e-5, "rope_theta": 5e5} | raw
         raw["rope_theta"], raw["rope_scaling"] = rope_parameters(path, raw)
         return from_json(cls, raw, str(path))
 
@@ -556,12 +558,19 @@ class Transformer(nn.Module):
         config = Config.from_pretrained(directory)
         with torch.device("meta"):
             expected = cls(config).state_dict()
-        weights = {}
+        tied, weights = {}, {}
+        if config.tie_word_embeddings:  # Some exporters write the head all the same.
+            tied = {"lm_head.weight": expected["model.embed_tokens.weight"]}
         for path in weight_files(directory):
-            weights |= read_weights(path, expected, config.tie_word_embeddings, dtype, device)
+            weights |= read_weights(path, expected | tied, dtype, device)
         if missing := sorted(expected.keys() - weights.keys()):
             raise BadInput(f"{directory}: {len(missing)} tensors are missing, "
                            f"the first is {missing[0]}")
+        for head in tied.keys() & weights.keys():
+            if not (weights.pop(head) == weights["model.embed_tokens.weight"]).all():
+                raise BadInput(f"{directory}: config.json ties {head} to the embedding, and the "
+                               "files hold two that differ; set tie_word_embeddings to false there "
+                               "if the head is meant")
         return cls.from_weights(config, weights)
 
     def merged(self) -> dict[str, Tensor]:
@@ -635,15 +644,14 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def read_weights(path: Path, expected: dict[str, Tensor], tied: bool, dtype: torch.dtype | None,
+def read_weights(path: Path, expected: dict[str, Tensor], dtype: torch.dtype | None,
                  device: str | torch.device) -> dict[str, Tensor]:
-    """The tensors of one file by name. expected: the network's state dict; tied: it has no head."""
+    """The tensors of one file by name. expected: those that it may hold, of these shapes."""
     weights = {}
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             for name in file.keys():
-                # Some exporters write these two, which every reader computes or ties itself.
-                if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and tied:
+                if name.endswith("rotary_emb.inv_freq"):  # Every reader computes it itself.
                     continue
                 check_tensor(path, name, file.get_slice(name), expected)
                 weights[name] = file.get_tensor(name)
@@ -989,15 +997,21 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of likelier tokens
-        logits = logits.scatter(-1, order, ordered.masked_fill(before >= top_p, -torch.inf))
+        logits = nucleus(logits, top_p)
     # Inverting the distribution function takes one random number per row, torch.multinomial V.
     mass = logits.softmax(-1).double().cumsum(-1)
     uniform = torch.rand(len(mass), 1, dtype=torch.double, device=mass.device, generator=generator)
     # The token is the first with more mass up to it than drawn, so never one of mass zero.
     token = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)
     return torch.where(mass[:, -1:].isfinite(), token, -1)[:, 0]
+
+
+def nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """The logits [N, V] of the likeliest tokens that together have mass p, and −∞ for the others."""
+    ordered, order = logits.sort(descending=True)
+    share = ordered.softmax(-1)
+    before = share.cumsum(-1).sub_(share)  # the mass of all likelier tokens
+    return logits.scatter(-1, order, ordered.masked_fill_(before >= top_p, -torch.inf))
 
 
 def check_request(vocabulary: int, prompts: list[list[int]], max_new_tokens: int,

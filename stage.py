@@ -83,7 +83,7 @@ class Stage:
             self.tracker = Tracker(track, name, out, settings)
         self.checkpoint = Checkpoint(out / name / "checkpoint.safetensors", settings, tensors)
         self.start = self.checkpoint.resume()
-        if ranks.from_first(self.start) != self.start:
+        if len(set(ranks.gather([self.start]))) > 1:  # Nobody goes on before all have read.
             raise BadInput(f"--out {out}: all processes have to see the same directory")
         if self.start:
             tqdm.write(f"Going on from step {self.start} of an interrupted run "
@@ -186,6 +186,10 @@ class Stage:
 
 
 def fall(before: list[float], after: list[float]) -> float:
-    """How many standard errors the second mean lies below the first one; 0 where none varies."""
+    """How many standard errors the second mean lies below the first one; infinitely many where
+    neither varies and it lies lower at all."""
+    lower = fmean(before) - fmean(after)
     error = math.sqrt(variance(before) / len(before) + variance(after) / len(after))
-    return (fmean(before) - fmean(after)) / error if error else 0.0
+    if error == 0:
+        return math.inf if lower > 0 else 0.0
+    return lower / error

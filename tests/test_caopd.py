@@ -34,7 +34,7 @@ import pipeline
 from caopd import (METHODS, AdamW, Args, Completion, Group, Rollout, Sampling, Target,
                    accumulate_gradient, calibration, ema_update, make_targets, parse_args)
 from files import BadInput, fingerprint, to_json
-from memory import keep_freed_memory, memory_needed
+from memory import check_memory, keep_freed_memory, memory_needed
 from metrics import VALUES
 from model import Config, Transformer
 from stage import TROUBLE, Stage
@@ -1545,6 +1545,14 @@ def test_an_accuracy_that_falls_is_told_once(tmp_path, capsys, later, resumed, w
     assert len(told) == warned and all(int(step) == 39 for step in told)
 
 
+@pytest.mark.parametrize("before, after, warned", [(1.0, 0.0, 1), (0.0, 1.0, 0), (1.0, 1.0, 0)])
+def test_an_accuracy_that_does_not_vary_falls_too(tmp_path, capsys, before, after, warned):
+    stage = Stage("opd", tmp_path, {}, AdamW(tiny_model(), 0.0, 1.0).tensors(), 100)
+    for step in stage.steps(45):
+        stage.log(step, {"loss": 1.0, "grad_norm": 1.0, "accuracy": before if step < 20 else after})
+    assert capsys.readouterr().out.count("the completions of the last 20") == warned
+
+
 def test_a_checkpoint_of_other_settings_is_not_taken(tmp_path):
     args = dataclasses.replace(parse_args([*TINY, "--out", str(tmp_path)]), dtype="float32")
     task = data.arithmetic_task(0, 4, words=False)
@@ -2285,6 +2293,31 @@ def test_a_run_that_cannot_fit_says_so_and_says_what_helps(tmp_path, real_model,
     assert shown.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("flags, offered, refused", [
+    (["--method", "opd"], ("--teacher-device cpu", "--lora-rank"), ()),
+    (["--method", "caopd-sc"], ("--lora-rank",), ("--teacher-device",)),
+    (["--teacher-device", "cpu"], ("--recompute",), ("--lora-rank",))])
+def test_what_helps_is_what_goes_with_the_other_flags(monkeypatch, flags, offered, refused):
+    monkeypatch.setattr("memory.memory_free", lambda device: 24 * 2 ** 30)
+    args = dataclasses.replace(parse_args([*TINY, *flags]), dtype="float32")
+    config = Config("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 128)  # Qwen3-8B
+    task = data.arithmetic_task(0, 4, words=False)
+    with pytest.raises(BadInput) as error:
+        check_memory(config, task, data.toy_tokenizer(), args, torch.device("cuda:0"))
+    helps = str(error.value).partition("would bring it to")[2]
+    assert all(flag in helps for flag in offered) and not any(flag in helps for flag in refused)
+
+
+@pytest.mark.parametrize("closed, flags, code", [
+    (">&-", [*TINY, "--method", "base"], 0), ("2>&-", ["--method", "nope"], 2)])
+def test_a_stream_that_was_closed_from_the_start_is_no_error(tmp_path, closed, flags, code):
+    """Python has None for it."""
+    done = subprocess.run(["sh", "-c", f'"$0" caopd.py "$@" {closed}', sys.executable, *flags,
+                           "--out", str(tmp_path)], capture_output=True,
+                          cwd=Path(caopd.__file__).parent)
+    assert done.returncode == code and b"Traceback" not in done.stderr
+
+
 def test_out_of_memory_on_a_gpu_names_the_flags_to_turn(tmp_path, capsys, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore.")
@@ -2323,7 +2356,7 @@ def test_the_estimate_counts_what_evaluation_samples(monkeypatch):
     new = args.max_new_tokens
     needed = [sum(memory_needed(config, [20], dataclasses.replace(args, oracle=n)).values())
               for n in (10_000, 20_000)]
-    logits, cached = 10_000 * 1000 * (4 + 4 + 8 + 8), 10_000 * new * 2 * 4 * 2 * 4
+    logits, cached = 10_000 * 1000 * (4 + 5 * 4 + 8), 10_000 * new * 2 * 4 * 2 * 4
     masks = 24 * (20_000 * (20 + 20_000 * new) - 10_000 * (20 + 10_000 * new))
     assert needed[1] - needed[0] == pytest.approx(logits + cached + masks)
 

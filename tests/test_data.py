@@ -568,7 +568,7 @@ def test_refuses_bad_tokenizer_files(tmp_path):
 BAD_JSON = [
     ("[" * 100000, "not JSON .*nested too deeply"), ('{"a":' * 100000, "nested too deeply"),
     ('{"answer": NaN}', "NaN is not a number in JSON"),
-    ("[-Infinity]", "-Infinity is not a number in JSON"),
+    ("[-Infinity]", "-Infinity is not a number in JSON"), ('{"a": -1e400}', "-1e400, infinite"),
     ('{"a": ' + "1" * 5000 + "}", "not JSON"), ('{"a": 1} x', "not JSON")]
 
 

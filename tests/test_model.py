@@ -561,6 +561,31 @@ def test_refuses_missing_and_broken_files(tmp_path):
             Transformer.from_pretrained(m)
 
 
+def test_a_head_that_is_said_to_be_tied_may_be_stored_and_not_be_another(tmp_path):
+    m = broken(tmp_path, "llama")
+    plain = load_file(m / "model.safetensors")
+    embedding = plain["model.embed_tokens.weight"]
+    save_file(plain | {"lm_head.weight": embedding.clone()}, m / "model.safetensors")
+    loaded = Transformer.from_pretrained(m)
+    assert loaded.state_dict().keys() == golden("llama")[0].state_dict().keys()
+    for head, words in [(embedding + 1e-3, "files hold two that differ"),
+                        (embedding[:, :3].contiguous(), "has shape"),
+                        (embedding * torch.nan, "lm_head.weight")]:
+        save_file(plain | {"lm_head.weight": head}, m / "model.safetensors")
+        with pytest.raises(BadInput, match=words):
+            Transformer.from_pretrained(m)
+
+
+def test_olmo3_has_the_reference_librarys_defaults(tmp_path):
+    """Those of its Olmo3Config in transformers 5.24."""
+    path = broken(tmp_path, "olmo3") / "config.json"
+    raw = json.loads(path.read_text())
+    del raw["rms_norm_eps"], raw["rope_parameters"]
+    path.write_text(json.dumps(raw))
+    config = Config.from_pretrained(path.parent)
+    assert (config.rms_norm_eps, config.rope_theta) == (1e-5, 5e5)
+
+
 def test_refuses_a_bad_index_other_dtypes_and_what_is_not_finite(tmp_path):
     m = broken(tmp_path, "qwen2")
     index = json.loads((m / "model.safetensors.index.json").read_text())
