@@ -23,15 +23,25 @@ def keep_freed_memory() -> None:
     """Has glibc's malloc keep the memory of freed tensors for the next ones.
 
     It would give it back to the system in each step, which clears every page before it lends it
-    again (tests/BENCH.md). Up to 1 GiB more may be held. Other C libraries stay as they are.
+    again (tests/BENCH.md). Up to 1 GiB more may be held.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return
     trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
-    mallopt(trim_threshold, 2 ** 30)
-    mallopt(mmap_threshold, 2 ** 25)  # the most that it takes; larger tensors go back as before
+    call_glibc("mallopt", trim_threshold, 2 ** 30)
+    # The most that it takes; larger tensors go back as before.
+    call_glibc("mallopt", mmap_threshold, 2 ** 25)
+
+
+def return_freed_memory() -> None:
+    """Has glibc's malloc give back all that is free, also what lies between tensors in use."""
+    call_glibc("malloc_trim", 0)
+
+
+def call_glibc(function: str, *numbers: int) -> None:
+    """Calls it where there is one: other C libraries stay as they are."""
+    try:
+        getattr(ctypes.CDLL(None), function)(*numbers)
+    except (AttributeError, OSError):
+        pass
 
 
 def check_memory(config: Config, task: Task, tokenizer: Tokenizer, args: Args,

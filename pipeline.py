@@ -25,7 +25,7 @@ from caopd import (EVAL, METHODS, NOTHING, Args, eval_sampling, evaluate, method
 from data import Task, Tokenizer
 from files import (BadInput, claimed, fingerprint, from_json, map_leaves, parse_json, read_object,
                    read_text, to_json, write_text)
-from memory import check_memory, keep_freed_memory
+from memory import check_memory, keep_freed_memory, return_freed_memory
 from model import Config, Transformer
 from questions import make_task
 from share import model_card
@@ -245,6 +245,7 @@ def load_model(source: Path | None, config: Config, args: Args,
     Its weights are float32 masters, or bfloat16 with --rounding stochastic; it computes in --dtype.
     With --lora-rank it is kept in --dtype, and its adapters are the float32 masters.
     """
+    return_freed_memory()  # of the model before
     computed = getattr(torch, args.dtype)
     adapted = source is not None and args.lora_rank > 0  # random weights are not worth adapting
     stored = computed if adapted or args.rounding == "stochastic" else torch.float32

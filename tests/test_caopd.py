@@ -34,7 +34,7 @@ import pipeline
 from caopd import (METHODS, AdamW, Args, Completion, Group, Rollout, Sampling, Target,
                    accumulate_gradient, calibration, ema_update, make_targets, parse_args)
 from files import BadInput, fingerprint, to_json
-from memory import check_memory, keep_freed_memory, memory_needed
+from memory import check_memory, keep_freed_memory, memory_needed, return_freed_memory
 from metrics import VALUES
 from model import Config, Transformer
 from stage import TROUBLE, Stage
@@ -2205,6 +2205,22 @@ def test_generated_questions_over_the_limit_are_always_refused(tmp_path, capsys)
         assert "has 10 tokens, over --max-prompt 9" in capsys.readouterr().err and not out.exists()
 
 
+RETURNED = """
+import resource, torch
+from memory import keep_freed_memory, return_freed_memory
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+keep_freed_memory()
+tensors = [torch.ones(2 ** 20 if i % 2 else 2 ** 10) for i in range(80)]
+del tensors[1::2]
+before = resident()
+return_freed_memory()
+print(before - resident(), sum(tensor.sum() for tensor in tensors).item())
+"""
+
 KEPT = """
 import ctypes, torch
 from memory import keep_freed_memory
@@ -2232,12 +2248,21 @@ def test_freed_memory_is_kept_for_the_next_tensors():
     assert held[0] < 20 and held[1] > 80
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim")
+                    or not os.path.exists("/proc/self/statm"), reason="no glibc, or no Linux")
+def test_freed_memory_between_tensors_in_use_is_returned():
+    done = subprocess.run([sys.executable, "-c", RETURNED], check=True, capture_output=True,
+                          text=True, cwd=Path(caopd.__file__).parent)
+    returned, kept = map(float, done.stdout.split())
+    assert returned > 120 * 2 ** 20 and kept == 40 * 2 ** 10
+
+
 def test_memory_is_kept_or_not_without_glibc(monkeypatch):
     for error in (OSError, AttributeError):
         def refuse(name):
             raise error
         monkeypatch.setattr(ctypes, "CDLL", refuse)
-        assert keep_freed_memory() is None
+        assert keep_freed_memory() is None and return_freed_memory() is None
 
 
 def test_a_model_is_asked_as_it_is(tmp_path, real_model, capsys):
