@@ -1353,7 +1353,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(name) == signal.SIG_DFL:
             signal.signal(name, signal.default_int_handler)
-    out = sys.stdout if ranks.first() else open(os.devnull, "w")
+    out = sys.stdout if ranks.first() else None
     with redirect_stdout(Unbroken(out)), redirect_stderr(Unbroken(sys.stderr)):
         return serve(argv)
 

@@ -108,7 +108,7 @@ class Unbroken:
     """
 
     def __init__(self, stream: TextIO | None):
-        """stream: None is what Python has for one that was closed from the start."""
+        """stream: None, which Python has for one that was closed from the start, shows nothing."""
         self.stream = stream or open(os.devnull, "w")
 
     def write(self, text: str) -> int:

@@ -1007,7 +1007,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """The logits [N, V] of the likeliest tokens that together have mass p, and −∞ for the others."""
+    """The logits [N, V] of the likeliest tokens that together have mass p; −∞ for the others."""
     ordered, order = logits.sort(descending=True)
     share = ordered.softmax(-1)
     before = share.cumsum(-1).sub_(share)  # the mass of all likelier tokens

@@ -101,10 +101,10 @@ if __name__ == "__main__":
                          float(miss.mean()), spr(p_x, accuracy, mu)])
     show(["answers, sampling", "accuracy", "OCG", "mean |c − α|", "Brier floor", "over it", "SPR"],
          rows)
-    print("\n  With μ spread evenly, sharper sampling makes a calibrated confidence underconfident in"
-          "\n  the mean where there is more than one way of being wrong, the more so the more there"
-          "\n  are. Where most prompts are hard it can be overconfident. SPR rises, for prompts"
-          "\n  polarize.\n")
+    print("\n  With μ spread evenly, sharper sampling makes a calibrated confidence underconfident"
+          "\n  in the mean where there is more than one way of being wrong, the more so the more"
+          "\n  there are. Where most prompts are hard it can be overconfident. SPR rises, for"
+          "\n  prompts polarize.\n")
     first = np.array([0.6, 0.4])
     second = np.array([[1 / 3, 1 / 3, 1 / 3], [0.9, 0.05, 0.05]])
     rows = [[f"β = {beta:.2f}", float(sharpen((first[:, None] * second).ravel(), beta)[3]),
